@@ -1,0 +1,1 @@
+"""The engine's machinery: scheduler, block pool, step programs, sampler, detokenizer."""

@@ -1,0 +1,7 @@
+"""`arctic_jax.serving`: the command line and the asynchronous engine (the folder serving/ at the top of the repository)."""
+
+import os
+
+if __name__ != "arctic_jax.serving":
+    raise ImportError("import arctic_jax.serving, not serving")
+__path__ = [os.path.realpath(path) for path in __path__]  # tracebacks name the real file
