@@ -1,0 +1,53 @@
+"""Which implementation of an operation runs here. Pure; decided while a program is traced.
+
+Every operation has the implementation `"xla"` (its `reference.py`, which runs anywhere) and may
+have `"mosaic_gpu"` (a Pallas kernel for Hopper). Nothing falls back silently: `None` means the best
+for the default backend, a name means that one or an error with the reason.
+"""
+
+import functools
+import logging
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+
+
+def mosaic_gpu_unavailable() -> str | None:
+    """Return why Mosaic GPU kernels cannot run on the default backend, or `None` if they can."""
+    if jax.default_backend() != "gpu":
+        return f"the default backend is {jax.default_backend()!r}, not 'gpu'"
+    capability = getattr(jax.devices()[0], "compute_capability", "0.0")
+    if capability != "9.0":
+        return f"the GPU has compute capability {capability}, the kernels are written for 9.0"
+    return None
+
+
+def resolve(operation: str, implementation: str | None, preferred: str) -> str:
+    """Return the implementation of `operation` to use.
+
+    Args:
+        operation: the operation's name, for the log and for errors.
+        implementation: a name of `IMPLEMENTATIONS`, or `None` for the best one.
+        preferred: what measured fastest on an H200; used there when `implementation` is `None`.
+
+    Raises:
+        ValueError: the name is unknown, or the implementation cannot run here.
+    """
+    if implementation is None:
+        chosen = "xla" if mosaic_gpu_unavailable() else preferred
+    elif implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{operation}: {implementation=} is not one of {IMPLEMENTATIONS}")
+    elif implementation == "mosaic_gpu" and (reason := mosaic_gpu_unavailable()):
+        raise ValueError(f"{operation}: implementation='mosaic_gpu' cannot run here: {reason}")
+    else:
+        chosen = implementation
+    _log_once(operation, chosen)
+    return chosen
+
+
+@functools.cache
+def _log_once(operation: str, chosen: str) -> None:
+    logger.info("%s uses %s", operation, chosen)

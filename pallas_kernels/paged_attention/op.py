@@ -1,0 +1,79 @@
+"""Paged attention: the public function, its argument checks and its dispatch."""
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from arctic_jax.pallas_kernels import dispatch
+from arctic_jax.pallas_kernels.paged_attention import reference
+
+
+def paged_attention(
+    q: Float[Array, "T H D"],
+    k_cache: Float[Array, "blocks KV block_size D"],
+    v_cache: Float[Array, "blocks KV block_size D"],
+    block_tables: Int[Array, "S B"],
+    query_start_loc: Int[Array, "S+1"],
+    seq_lens: Int[Array, "S"],
+    *,
+    max_query_len: int,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "T H D"]:
+    """Causal attention of a ragged batch of queries over the blocks of their sequences.
+
+    Sequence `s` has the queries `q[query_start_loc[s]:query_start_loc[s + 1]]`, its last ones: the
+    final query sits at position `seq_lens[s] - 1` and all keys and values, those of the queries
+    included, are already in the cache. Prompt chunks, decode steps and draft verification are
+    therefore one operation. Heads `[g * H/KV, (g + 1) * H/KV)` share key/value head `g`.
+
+    H and KV may be shards of the model's heads; no other axis may be sharded.
+
+    Args:
+        q: queries, rotated, of all sequences one after another.
+        k_cache: keys, one contiguous `[block_size, D]` tile a block and head.
+        v_cache: values, likewise.
+        block_tables: block ids of each sequence in order; entries past its length are not read
+            as data but must be valid ids.
+        query_start_loc: where each sequence's queries begin, non-decreasing, ends with the number
+            of real queries. Rows of `q` past it are padding: their output is unspecified.
+        seq_lens: tokens in the cache for each sequence; 0 for an empty slot.
+        max_query_len: static bound on the queries of one sequence. 1 means a decode batch, where
+            T == S and row `s` is the query of sequence `s`.
+        scale: factor on the scores.
+        sliding_window: a query sees this many keys, itself included; `None` for all.
+        soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
+        implementation: see `dispatch.resolve`.
+
+    Raises:
+        ValueError: shapes do not fit each other; the values are in the message.
+    """
+    T, H, D = q.shape
+    S, _ = block_tables.shape
+    KV = k_cache.shape[1]
+    if k_cache.shape != v_cache.shape or k_cache.shape[3] != D:
+        raise ValueError(f"{q.shape=}, {k_cache.shape=} and {v_cache.shape=} do not fit")
+    if H % KV:
+        raise ValueError(f"{H} query heads are not a multiple of {KV} key/value heads")
+    if query_start_loc.shape != (S + 1,) or seq_lens.shape != (S,):
+        raise ValueError(f"{query_start_loc.shape=}, {seq_lens.shape=}, {block_tables.shape=}")
+    if max_query_len < 1 or (max_query_len == 1 and T != S):
+        raise ValueError(f"{max_query_len=} with {T} queries of {S} sequences")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"{sliding_window=} must be positive or None")
+    chosen = dispatch.resolve("paged_attention", implementation, preferred="xla")
+    if chosen == "mosaic_gpu":
+        raise ValueError("paged_attention has no mosaic_gpu implementation yet")
+    return reference.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        max_query_len=max_query_len,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
