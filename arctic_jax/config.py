@@ -1,0 +1,273 @@
+"""What a user sets, and the numbers a model needs. Vocabulary; frozen, checked once, here.
+
+`EngineConfig` is built once from keywords or the command line and handed whole to constructors.
+What is derived from the hardware (the number of blocks) is a value of the runner, never written
+back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from arctic_jax.errors import UnsupportedModelError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DTYPES = ("float32", "bfloat16", "float16")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base and, for long contexts, how its frequencies are scaled.
+
+    `type` is one of `ROPE_TYPES`; the other fields mean what they mean in Hugging Face's
+    `rope_parameters`.
+    """
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> RopeConfig:
+        """Read `rope_parameters`, or the older `rope_theta` with `rope_scaling`.
+
+        Raises:
+            UnsupportedModelError: the type is not one of `ROPE_TYPES`, or layers differ in it.
+        """
+        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if any(isinstance(value, Mapping) for value in scaling.values()):
+            raise UnsupportedModelError(f"rope_parameters differ between layers: {dict(scaling)}")
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind not in ROPE_TYPES:
+            raise UnsupportedModelError(
+                f"rope_type {kind!r} in rope_scaling is not supported; supported: {ROPE_TYPES}"
+            )
+        partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+        if partial != 1:
+            raise UnsupportedModelError(f"partial_rotary_factor {partial} is not supported")
+        known = {f.name for f in fields(cls)} - {"theta", "type"}
+        values = {k: v for k, v in scaling.items() if k in known and v is not None}
+        theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
+        original = values.get("original_max_position_embeddings") or config.get(
+            "original_max_position_embeddings", config.get("max_position_embeddings", 0)
+        )
+        values["original_max_position_embeddings"] = int(original)
+        return cls(theta=float(theta), type=kind, **values)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers of a decoder. `head_dim` need not be `hidden_size / num_attention_heads`."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+    """Keys each layer's queries see; `None` for all. Empty means `None` for every layer."""
+    checkpoint_dtype: str = "float32"
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> ModelConfig:
+        """Read what all decoders share from a Hugging Face `config.json`; ignore unknown keys.
+
+        Raises:
+            UnsupportedModelError: a key is missing, or has a value that is not implemented.
+        """
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method")
+            raise UnsupportedModelError(f"quantization_config ({method=}) is not supported")
+        activation = config.get("hidden_act", "silu")
+        if activation != "silu":
+            raise UnsupportedModelError(f"hidden_act {activation!r} is not supported, only 'silu'")
+        try:
+            heads = int(config["num_attention_heads"])
+            values: dict[str, Any] = {
+                "architecture": (config.get("architectures") or ["?"])[0],
+                "vocab_size": int(config["vocab_size"]),
+                "hidden_size": int(config["hidden_size"]),
+                "intermediate_size": int(config["intermediate_size"]),
+                "num_hidden_layers": int(config["num_hidden_layers"]),
+                "num_attention_heads": heads,
+                "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
+                "head_dim": int(config.get("head_dim") or config["hidden_size"] // heads),
+                "max_position_embeddings": int(config["max_position_embeddings"]),
+            }
+        except KeyError as error:
+            raise UnsupportedModelError(f"the model's config has no key {error}") from error
+        values["rope"] = RopeConfig.from_hf(config)
+        values["rms_norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
+        values["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        values["checkpoint_dtype"] = dtype.removeprefix("torch.")
+        model = cls(**(values | overrides))
+        if model.num_attention_heads % model.num_key_value_heads:
+            raise UnsupportedModelError(
+                f"num_attention_heads {model.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {model.num_key_value_heads}"
+            )
+        if model.checkpoint_dtype not in DTYPES:
+            raise UnsupportedModelError(f"dtype {model.checkpoint_dtype!r} is not one of {DTYPES}")
+        return model
+
+    def sliding_window(self, layer: int) -> int | None:
+        """Return the window of a layer, `None` for full attention."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Which model, and in what form it is loaded."""
+
+    model: str = DEFAULT_MODEL
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    """`auto`: float32 on a CPU; else the checkpoint's, with bfloat16 for float32."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: int | None = None
+    implementation: str | None = None
+    """Of every operation in `pallas_kernels`; `None` for the best one here."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, ("auto", *DTYPES))
+        _one_of("load_format", self.load_format, ("auto", "dummy"))
+        _positive("max_model_len", self.max_model_len)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one engine is spread over P = tensor · Ulysses devices."""
+
+    tensor_parallel_size: int = 1
+    ulysses_sequence_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("tensor_parallel_size", self.tensor_parallel_size)
+        _positive("ulysses_sequence_parallel_size", self.ulysses_sequence_parallel_size)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of one engine."""
+        return self.tensor_parallel_size * self.ulysses_sequence_parallel_size
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged key/value cache."""
+
+    block_size: int = 64
+    num_blocks: int | None = None
+    """`None`: as many as fit into the memory share below."""
+    gpu_memory_utilization: float = 0.92
+    """Share of a GPU's memory for weights, cache and working space together."""
+    cpu_memory_share: float = 0.1
+    """Share of the machine's memory for the cache, on a CPU."""
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("block_size", self.block_size)
+        _positive("num_blocks", self.num_blocks)
+        for name in ("gpu_memory_utilization", "cpu_memory_share"):
+            share = getattr(self, name)
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {share}")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What one step may hold."""
+
+    max_num_seqs: int | None = None
+    """Requests that run at once; `None`: 256, on a CPU 16."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step, prompts and decode together; `None`: 8192, on a CPU 1024."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    max_logprobs: int = 20
+
+    def __post_init__(self) -> None:
+        _positive("max_num_seqs", self.max_num_seqs)
+        _positive("max_num_batched_tokens", self.max_num_batched_tokens)
+        _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        if self.max_logprobs < 0:
+            raise ValueError(f"max_logprobs must not be negative, got {self.max_logprobs}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine is built from."""
+
+    load: LoadConfig = field(default_factory=LoadConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    @classmethod
+    def from_keywords(cls, **keywords: Any) -> EngineConfig:
+        """Build from the flat names that `LLM(...)` and the command line use.
+
+        Raises:
+            TypeError: a name is unknown.
+            ValueError: a value is out of range.
+        """
+        parts: dict[str, Any] = {}
+        for part, kind in _PARTS.items():
+            names = [f.name for f in fields(kind)]
+            parts[part] = kind(**{n: keywords.pop(n) for n in names if n in keywords})
+        if keywords:
+            raise TypeError(f"unknown engine option(s): {', '.join(sorted(keywords))}")
+        return cls(**parts)
+
+    def for_backend(self, backend: str) -> EngineConfig:
+        """Fill in the limits whose default depends on where the engine runs ("cpu", "gpu")."""
+        small = backend == "cpu"
+        scheduler = replace(
+            self.scheduler,
+            max_num_seqs=self.scheduler.max_num_seqs or (16 if small else 256),
+            max_num_batched_tokens=self.scheduler.max_num_batched_tokens
+            or (1024 if small else 8192),
+        )
+        return replace(self, scheduler=scheduler)
+
+
+_PARTS = {
+    "load": LoadConfig,
+    "parallel": ParallelConfig,
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+}
+
+
+def _positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

@@ -1,0 +1,231 @@
+"""From checkpoint tensors to placed parameters. Host arrays in, `jax.Array`s out.
+
+Every parameter is stored with its sharded dimension first, so that a device reads its shard as a
+range of rows and the shard of a finer layout is a range of rows of the coarser one. A model names,
+for each of its parameters, the `Source` that produces such a range from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from arctic_jax.errors import CheckpointError
+
+ALL_ROWS = slice(None)
+
+
+class Checkpoint(Protocol):
+    """Named tensors on disk in Hugging Face's names and orientation (`[out, in]`)."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        ...
+
+    def __iter__(self) -> Iterator[str]:
+        """All names."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def read(
+        self, name: str, rows: slice = ALL_ROWS, columns: slice = ALL_ROWS
+    ) -> np.ndarray[Any, Any]:
+        """Read `tensor[rows]`, or `tensor[rows, columns]` of a matrix, and nothing else."""
+        ...
+
+
+class Source(Protocol):
+    """Where a parameter's rows come from."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint tensors that are read."""
+        ...
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Return rows `start..stop-1` of the parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tensor as it is; rows past its end (a padded vocabulary) are zero."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return (self.name,)
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """See `Source`."""
+        end = checkpoint.shape(self.name)[0]
+        rows = checkpoint.read(self.name, slice(min(start, end), min(stop, end)))
+        missing = max(stop - max(start, end), 0)
+        return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The transposed matrix: `[in, out]` from a checkpoint's `[out, in]`."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return (self.name,)
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """See `Source`."""
+        return checkpoint.read(self.name, columns=slice(start, stop)).T
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Query, key and value projections (or their biases) fused by key/value group.
+
+    Row `g` is `[(heads/groups + 2) * head_dim, ...]`: the query heads of the group, then its key
+    head, then its value head. With more groups than key/value heads these are repeated.
+    """
+
+    q: str
+    k: str
+    v: str
+    heads: int
+    kv_heads: int
+    groups: int
+    head_dim: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return (self.q, self.k, self.v)
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """See `Source`."""
+        width = self.heads // self.groups * self.head_dim
+        rows = []
+        for group in range(start, stop):
+            kv = group * self.kv_heads // self.groups
+            kv_rows = slice(kv * self.head_dim, (kv + 1) * self.head_dim)
+            parts = [
+                checkpoint.read(self.q, slice(group * width, (group + 1) * width)),
+                checkpoint.read(self.k, kv_rows),
+                checkpoint.read(self.v, kv_rows),
+            ]
+            rows.append(np.concatenate(parts))
+        return np.stack(rows)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gate and up projections (or their biases), fused as `[shards, 2, ffn/shards, ...]`."""
+
+    gate: str
+    up: str
+    shards: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return (self.gate, self.up)
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """See `Source`."""
+        size = checkpoint.shape(self.gate)[0] // self.shards
+        pairs = []
+        for shard in range(start, stop):
+            rows = slice(shard * size, (shard + 1) * size)
+            pairs.append(np.stack([checkpoint.read(n, rows) for n in (self.gate, self.up)]))
+        return np.stack(pairs)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter to be placed: global shape, dtype, and the partition of its dimensions."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    partition: PartitionSpec
+
+
+def load(
+    parameters: Mapping[str, ParameterSpec],
+    sources: Mapping[str, Source],
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    on_loaded: Callable[[str], None] = lambda name: None,
+) -> dict[str, jax.Array]:
+    """Place every parameter on `mesh`; each device reads only its own rows.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than the config says.
+    """
+    missing = {n for p in parameters for n in sources[p].names if n not in checkpoint}
+    if missing:
+        shown = ", ".join(sorted(missing)[:5])
+        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensor(s): {shown}")
+    placed = {}
+    for path, spec in parameters.items():
+        placed[path] = _place(spec, sources[path], checkpoint, mesh)
+        on_loaded(path)
+    return placed
+
+
+def _place(spec: ParameterSpec, source: Source, checkpoint: Checkpoint, mesh: Mesh) -> jax.Array:
+    read: dict[tuple[int, int], np.ndarray[Any, Any]] = {}  # replicas share one read
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
+        start, stop, _ = (index or (slice(None),))[0].indices(spec.shape[0])
+        if (start, stop) not in read:
+            rows = source.read(checkpoint, start, stop)
+            if rows.shape != (stop - start, *spec.shape[1:]):
+                raise CheckpointError(
+                    f"{' + '.join(source.names)} gives rows of shape {rows.shape[1:]}, "
+                    f"the config asks for {spec.shape[1:]}"
+                )
+            read[start, stop] = np.ascontiguousarray(rows, dtype=spec.dtype)
+        return read[start, stop]
+
+    sharding = NamedSharding(mesh, spec.partition)
+    return jax.make_array_from_callback(spec.shape, sharding, shard, dtype=spec.dtype)
+
+
+def random(
+    parameters: Mapping[str, ParameterSpec],
+    mesh: Mesh,
+    seed: int,
+    on_loaded: Callable[[str], None] = lambda name: None,
+) -> dict[str, jax.Array]:
+    """Make random weights of the right shapes on the devices: `load_format="dummy"`.
+
+    Matrices are normal with deviation 0.02, vectors (norms, biases) are ones and near-zero values
+    would serve no better: only shapes and finite values matter to a benchmark.
+    """
+    placed = {}
+    for i, (path, spec) in enumerate(parameters.items()):
+        sharding = NamedSharding(mesh, spec.partition)
+        if len(spec.shape) == 1:
+            placed[path] = jax.device_put(jnp.ones(spec.shape, spec.dtype), sharding)
+        else:
+            make = jax.jit(_normal, static_argnums=(1, 2), out_shardings=sharding)
+            placed[path] = make(jax.random.key(seed * 1_000_003 + i), spec.shape, spec.dtype)
+        on_loaded(path)
+    return placed
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
