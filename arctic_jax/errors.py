@@ -19,3 +19,7 @@ class InvalidRequestError(ValueError):
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class ChatTemplateError(InvalidRequestError):
+    """The chat template is missing or faulty, raises for these messages, or exceeds a limit."""
