@@ -98,7 +98,7 @@ CHATS = (
 
 
 def prompts(folder: Path) -> list[dict[str, Any]]:
-    """32 prompts of 3 to 600 tokens: plain text, code, questions, conversations."""
+    """32 prompts of 3 to 800 tokens: plain text, code, questions, conversations."""
 
     def rows(file: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (folder / file).read_text("utf-8").splitlines()]
