@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import tokenizers
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from arctic_jax.errors import UnsupportedModelError
@@ -166,3 +168,116 @@ def _byte_alphabet() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """Return llama.cpp's name of a tensor."""
+    stem, _, kind = name.rpartition(".")
+    if match := re.match(r"model\.layers\.(\d+)\.(.+)", stem):
+        return f"blk.{match[1]}.{_GGUF_NAMES[match[2]]}.{kind}"
+    return f"{_GGUF_NAMES[stem]}.{kind}"
+
+
+def write_gguf(
+    path: str | Path,
+    directory: str | Path,
+    kind: str = "F32",
+    keys: Mapping[str, Any] | None = None,
+    extra: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    encode: Callable[[np.ndarray[Any, Any], Any], np.ndarray[Any, Any]] = gguf.quantize,
+) -> Path:
+    """Write what `write_checkpoint` or `write_model` wrote as one GGUF file.
+
+    Args:
+        path: The file.
+        directory: With `config.json` and `model.safetensors`, and `tokenizer.json` if it has one.
+        kind: How matrices are quantized: the name of a `gguf.GGMLQuantizationType`.
+        keys: More metadata, or other values than the config's (`None`: left out); names as in the
+            file, without the architecture in front.
+        extra: More tensors.
+        encode: Quantizes a matrix.
+    """
+    path, directory = Path(path), Path(directory)
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    stated: dict[str, Any] = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": config.get("head_dim") or config["hidden_size"] // heads,
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "rope.freq_base": config["rope_theta"],
+    } | dict(keys or {})
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in stated.items():
+        if isinstance(value, str):
+            writer.add_string(f"{architecture}.{key}", value)
+        elif isinstance(value, float):
+            writer.add_float32(f"{architecture}.{key}", value)
+        elif value is not None:
+            writer.add_uint32(f"{architecture}.{key}", value)
+    if (directory / "tokenizer.json").exists():
+        _add_tokenizer(writer, directory)
+    for key, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
+        if f"{key}_token_id" in config:
+            add(config[f"{key}_token_id"])
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        if architecture == "llama" and (match := re.search(r"([qk])_proj", name)):
+            tensor = _interleave(tensor, heads if match[1] == "q" else kv_heads)
+        if tensor.ndim == 1 or kind == "F32":
+            writer.add_tensor(gguf_name(name), tensor)
+        else:
+            number = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(gguf_name(name), encode(tensor, number), raw_dtype=number)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _interleave(tensor: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Permute q/k rows as llama.cpp's converter does for its `llama` architecture."""
+    split = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(tensor.shape))
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path) -> None:
+    tokenizer = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    config = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
+    model = tokenizer["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    special = [token["content"] for token in tokenizer["added_tokens"]]
+    types = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * len(special)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens + special)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(config["chat_template"])

@@ -14,30 +14,17 @@ from arctic_jax.config import ModelConfig
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
 from arctic_jax.gguf_checkpoint import QUANTIZATIONS, GGUFCheckpoint, llama3_scaling
 from arctic_jax.safetensors_checkpoint import SafetensorsCheckpoint
-from arctic_jax.testing import write_checkpoint
+from arctic_jax.testing import gguf_name, write_checkpoint, write_gguf
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 64
-NAMES = {  # Hugging Face's to llama.cpp's
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def config(architecture: str = "Llama", **changes: Any) -> dict[str, Any]:
     base = {
         "architectures": [f"{architecture}ForCausalLM"],
+        "model_type": architecture.lower(),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "vocab_size": 40,
         "hidden_size": HIDDEN,
         "intermediate_size": 512,
@@ -53,63 +40,8 @@ def config(architecture: str = "Llama", **changes: Any) -> dict[str, Any]:
     return base | changes
 
 
-def gguf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if match := re.match(r"model\.layers\.(\d+)\.(.+)", stem):
-        return f"blk.{match[1]}.{NAMES[match[2]]}.{kind}"
-    return f"{NAMES[stem]}.{kind}"
-
-
-def interleave(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Permute q/k rows as llama.cpp's converter does for its `llama` architecture."""
-    split = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(tensor.shape))
-
-
-def write_gguf(
-    path: Path,
-    checkpoint: SafetensorsCheckpoint,
-    architecture: str = "llama",
-    kind: Type = Type.F32,
-    keys: dict[str, Any] | None = None,
-    extra: dict[str, np.ndarray] | None = None,
-) -> Path:
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    if "block_count" not in (keys or {}):
-        writer.add_block_count(2)
-    writer.add_feed_forward_length(512)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_rope_freq_base(5000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for key, value in (keys or {}).items():
-        key = f"{architecture}.{key}"
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
-    for name in checkpoint:
-        tensor = checkpoint.read(name)
-        if architecture == "llama" and re.search(r"[qk]_proj", name):
-            tensor = interleave(tensor, HEADS if "q_proj" in name else KV_HEADS)
-        if tensor.ndim == 1 or kind == Type.F32:
-            writer.add_tensor(gguf_name(name), tensor)
-        else:
-            writer.add_tensor(gguf_name(name), quantized(tensor, kind), raw_dtype=kind)
-    for name, tensor in (extra or {}).items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def write(path: Path, source: SafetensorsCheckpoint, kind: str = "F32", **options: Any) -> Path:
+    return write_gguf(path, source.directory, kind, encode=quantized, **options)
 
 
 def quantized(tensor: np.ndarray, kind: Type) -> np.ndarray:
@@ -134,7 +66,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> SafetensorsCheckpoint:
 
 @pytest.fixture(scope="module")
 def llama_gguf(llama: SafetensorsCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", llama)
+    return write(tmp_path_factory.mktemp("gguf") / "model.gguf", llama)
 
 
 def test_names_shapes_and_values_are_hugging_faces(llama, llama_gguf):
@@ -157,7 +89,7 @@ def test_a_range_of_rows_is_unpermuted_too(llama, llama_gguf, projection, rows):
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_every_quantization_by_rows_and_columns(llama, tmp_path, kind):
-    path = write_gguf(tmp_path / "q.gguf", llama, kind=Type[kind])
+    path = write(tmp_path / "q.gguf", llama, kind=kind)
     read, reader = GGUFCheckpoint(path), gguf.GGUFReader(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"):
@@ -178,7 +110,7 @@ def test_every_quantization_by_rows_and_columns(llama, tmp_path, kind):
 
 
 def test_permutation_of_quantized_rows(llama, tmp_path):
-    path = write_gguf(tmp_path / "q.gguf", llama, kind=Type.Q8_0)
+    path = write(tmp_path / "q.gguf", llama, kind="Q8_0")
     for projection in ("q_proj", "k_proj"):
         name = f"model.layers.0.self_attn.{projection}.weight"
         expected = gguf.dequantize(gguf.quantize(llama.read(name), Type.Q8_0), Type.Q8_0)
@@ -191,7 +123,7 @@ def test_biases(tmp_path):
     source = SafetensorsCheckpoint(
         write_checkpoint(tmp_path, config(attention_bias=True, mlp_bias=True))
     )
-    read = GGUFCheckpoint(write_gguf(tmp_path / "b.gguf", source))
+    read = GGUFCheckpoint(write(tmp_path / "b.gguf", source))
     for name in source:
         if name.endswith("bias"):
             np.testing.assert_array_equal(read.read(name), source.read(name), err_msg=name)
@@ -205,7 +137,7 @@ def test_biases(tmp_path):
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_qwen_rows_are_not_permuted(tmp_path, architecture):
     source = SafetensorsCheckpoint(write_checkpoint(tmp_path, config(architecture.capitalize())))
-    read = GGUFCheckpoint(write_gguf(tmp_path / "q.gguf", source, architecture))
+    read = GGUFCheckpoint(write(tmp_path / "q.gguf", source))
     assert set(read) == set(source)
     for name in source:
         np.testing.assert_array_equal(read.read(name), source.read(name), err_msg=name)
@@ -224,13 +156,13 @@ def test_config(llama, llama_gguf):
 
 def test_config_of_tied_embeddings_and_dtype(tmp_path):
     source = SafetensorsCheckpoint(write_checkpoint(tmp_path, config(tie_word_embeddings=True)))
-    read = GGUFCheckpoint(write_gguf(tmp_path / "t.gguf", source, kind=Type.BF16)).config()
+    read = GGUFCheckpoint(write(tmp_path / "t.gguf", source, kind="BF16")).config()
     assert read["tie_word_embeddings"]
     assert read["dtype"] == "bfloat16"
 
 
 def test_sliding_window_makes_it_mistral(llama, tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", llama, keys={"attention.sliding_window": 32})
+    path = write(tmp_path / "m.gguf", llama, keys={"attention.sliding_window": 32})
     read = GGUFCheckpoint(path).config()
     assert read["architectures"] == ["MistralForCausalLM"]
     assert read["sliding_window"] == 32
@@ -255,7 +187,7 @@ def test_sliding_window_makes_it_mistral(llama, tmp_path):
     ],
 )
 def test_rope_scaling(llama, tmp_path, keys, expected):
-    read = GGUFCheckpoint(write_gguf(tmp_path / "r.gguf", llama, keys=keys)).config()
+    read = GGUFCheckpoint(write(tmp_path / "r.gguf", llama, keys=keys)).config()
     assert read["rope_parameters"] == {"rope_theta": 5000.0} | expected
 
 
@@ -291,13 +223,13 @@ def test_llama3_scaling_is_recovered(theta, head_dim, factor, high, original):
 
 def test_rope_divisors_in_the_file(llama, tmp_path):
     divisors = llama3_divisors(5000.0, HEAD_DIM, 4.0, 1.0, 4.0, 64)
-    path = write_gguf(tmp_path / "l3.gguf", llama, extra={"rope_freqs.weight": divisors})
+    path = write(tmp_path / "l3.gguf", llama, extra={"rope_freqs.weight": divisors})
     read = GGUFCheckpoint(path)
     assert read.config()["rope_parameters"]["rope_type"] == "llama3"
     assert "rope_freqs.weight" not in list(read)
     odd = np.linspace(1, 7, HEAD_DIM // 2, dtype=np.float32)
     with pytest.raises(UnsupportedModelError, match="rope_freqs"):
-        GGUFCheckpoint(write_gguf(tmp_path / "o.gguf", llama, extra={"rope_freqs.weight": odd}))
+        GGUFCheckpoint(write(tmp_path / "o.gguf", llama, extra={"rope_freqs.weight": odd}))
 
 
 @pytest.mark.parametrize(
@@ -311,29 +243,33 @@ def test_rope_divisors_in_the_file(llama, tmp_path):
     ],
 )
 def test_what_is_not_implemented_is_refused(llama, tmp_path, keys, message):
-    path = write_gguf(tmp_path / "x.gguf", llama, keys=keys)
+    path = write(tmp_path / "x.gguf", llama, keys=keys)
     with pytest.raises(UnsupportedModelError, match=re.escape(message)):
         GGUFCheckpoint(path)
 
 
 def test_unknown_architecture_quantization_and_tensor(llama, tmp_path):
-    path = write_gguf(tmp_path / "g.gguf", llama, architecture="gemma3")
+    path = tmp_path / "g.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
     with pytest.raises(UnsupportedModelError, match="gemma3"):
         GGUFCheckpoint(path)
-    path = write_gguf(tmp_path / "i.gguf", llama, kind=Type.Q5_1)
+    path = write(tmp_path / "i.gguf", llama, kind="Q5_1")
     with pytest.raises(UnsupportedModelError, match="Q5_1"):
         GGUFCheckpoint(path)
-    path = write_gguf(tmp_path / "e.gguf", llama, extra={"blk.0.ssm_a": np.ones(4, np.float32)})
+    path = write(tmp_path / "e.gguf", llama, extra={"blk.0.ssm_a": np.ones(4, np.float32)})
     with pytest.raises(UnsupportedModelError, match="ssm_a"):
         GGUFCheckpoint(path)
 
 
 @pytest.mark.parametrize("value", ["many", 0, 1.5])
 def test_a_key_of_another_kind_is_named(llama, tmp_path, value):
-    path = write_gguf(tmp_path / "k.gguf", llama, keys={"attention.value_length": value})
+    path = write(tmp_path / "k.gguf", llama, keys={"attention.value_length": value})
     with pytest.raises((CheckpointError, UnsupportedModelError), match=f"value_length.*{value}"):
         GGUFCheckpoint(path)
-    path = write_gguf(tmp_path / "k.gguf", llama, keys={"block_count": value})
+    path = write(tmp_path / "k.gguf", llama, keys={"block_count": value})
     with pytest.raises(CheckpointError, match=f"block_count is .*{value}"):
         GGUFCheckpoint(path)
 
