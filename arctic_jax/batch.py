@@ -20,34 +20,40 @@ from arctic_jax.request import Request
 
 @dataclass(frozen=True)
 class ScheduledRequest:
-    """`num_tokens` tokens of a request, from position `start` on, computed in this step."""
+    """A part of a request's tokens, computed in one step.
+
+    Attributes:
+        request: whose.
+        start: position of the first token.
+        num_tokens: how many.
+        num_rows: the last so many of them have a row of logits.
+        samples: the last known token is among them, so that a new one is drawn.
+    """
 
     request: Request
     start: int
     num_tokens: int
+    num_rows: int
+    samples: bool
+
+    @staticmethod
+    def plan(
+        request: Request, start: int, max_tokens: int, max_prompt_rows: int
+    ) -> ScheduledRequest:
+        """Take as many tokens from `start` on as the limits allow; perhaps none."""
+        end = min(start + max_tokens, request.num_tokens)
+        samples = end == request.num_tokens
+        first_row = end - samples
+        if request.wants_prompt_rows:  # those that are not known from before a preemption
+            first_row = max(start, min(len(request.prompt_logprobs) - 1, end))
+            if end - first_row > max_prompt_rows:
+                end, samples = first_row + max_prompt_rows, False
+        return ScheduledRequest(request, start, end - start, end - first_row, samples)
 
     @property
     def end(self) -> int:
         """Tokens in the cache after the step."""
         return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the last known token, so that a new one is drawn."""
-        return self.end == self.request.num_tokens
-
-    @property
-    def first_row(self) -> int:
-        """First position with a row of logits; rows run to the end of the scheduled tokens."""
-        if self.request.wants_prompt_rows:
-            known = max(len(self.request.prompt_logprobs), 1) - 1
-            return max(self.start, min(known, self.end))
-        return self.end - 1 if self.samples else self.end
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of logits this request needs."""
-        return self.end - self.first_row
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Bucket:
 
 
 def bucket_ladder(
-    max_num_seqs: int, max_num_batched_tokens: int, max_rows: int, multiple: int
+    max_num_seqs: int, max_num_batched_tokens: int, max_prompt_rows: int, multiple: int
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
@@ -124,7 +130,7 @@ def bucket_ladder(
     Args:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens of the largest step.
-        max_rows: rows of logits of the largest step.
+        max_prompt_rows: rows for prompt log-probabilities, beside one for each sequence.
         multiple: token counts are multiples of this (devices that share the tokens).
     """
 
@@ -136,8 +142,9 @@ def bucket_ladder(
     seqs = max(decode)
     ladder = {Bucket(n, n, n, 1) for n in decode}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
-    many_rows = max(max_rows, seqs)
-    ladder |= {Bucket(n, many_rows, seqs, n) for n in (up(max_rows), max(mixed))}
+    ladder |= {
+        Bucket(n, max_prompt_rows + seqs, seqs, n) for n in (up(max_prompt_rows), max(mixed))
+    }
     return tuple(sorted(ladder))
 
 
