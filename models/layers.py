@@ -82,6 +82,15 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
+def column_parallel(x: Array, weight: Array) -> Array:
+    """`x [T, in]` times `weight [..., in]` to `[T, ...]`.
+
+    As one matrix product: with more than two dimensions XLA would transpose the weight first.
+    """
+    out = jnp.einsum("ti,oi->to", x, weight.reshape(-1, weight.shape[-1]))
+    return out.reshape(x.shape[0], *weight.shape[:-1])
+
+
 class Embed(nnx.Module):
     """Token embedding `[vocab, hidden]`, split over the vocabulary; also the output projection."""
 
@@ -153,7 +162,7 @@ class Attention(nnx.Module):
         layout: MeshLayout,
     ) -> tuple[Array, Array, Array]:
         """`x [T/SP, hidden]` to the same shape, with the layer's caches after the write."""
-        qkv = jnp.einsum("td,gwd->tgw", x, self.qkv[...])
+        qkv = column_parallel(x, self.qkv[...])
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         qkv = layout.to_heads(qkv)
@@ -200,7 +209,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array, layout: MeshLayout) -> Array:
         """`x [T, hidden]` to the same shape."""
-        gate_up = jnp.einsum("td,scfd->tscf", x, self.gate_up[...])
+        gate_up = column_parallel(x, self.gate_up[...])
         if self.gate_up_bias is not None:
             gate_up = gate_up + self.gate_up_bias[...]
         activated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
