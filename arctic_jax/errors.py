@@ -19,3 +19,7 @@ class InvalidRequestError(ValueError):
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class EngineDeadError(RuntimeError):
+    """The engine has failed or was shut down; it serves no more requests."""
