@@ -23,3 +23,7 @@ class InvalidRequestError(ValueError):
 
 class EngineDeadError(RuntimeError):
     """The engine has failed or was shut down; it serves no more requests."""
+
+
+class ChatTemplateError(InvalidRequestError):
+    """The chat template is missing or faulty, raises for these messages, or exceeds a limit."""

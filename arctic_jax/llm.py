@@ -8,7 +8,7 @@ from typing import Any
 
 from arctic_jax.config import DEFAULT_MODEL, EngineConfig
 from arctic_jax.engine.core import EngineCore
-from arctic_jax.progress import Progress
+from arctic_jax.progress import Report, bars
 from arctic_jax.request import RequestOutput, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -33,8 +33,9 @@ class LLM:
         self, model: str = DEFAULT_MODEL, *, progress: bool = True, **options: Any
     ) -> None:
         config = EngineConfig.from_keywords(model=str(model), **options)
-        self._progress = Progress(enabled=progress)
-        self.engine = EngineCore(config, self._progress)
+        self._progress = progress
+        with bars(progress) as report:
+            self.engine = EngineCore(config, report)
         self._ids = itertools.count()
 
     def generate(
@@ -73,7 +74,8 @@ class LLM:
         try:
             for prompt, one, rank in zip(many, params, priorities, strict=True):
                 ids.append(self._add(prompt, one, rank))
-            return self._run(ids, Progress(enabled=use_tqdm and self._progress.enabled))
+            with bars(use_tqdm and self._progress) as report:
+                return self._run(ids, report)
         finally:  # Ctrl-C, or a bad prompt among good ones: nothing is left behind
             for request_id in ids:
                 self.engine.abort(request_id)
@@ -140,23 +142,19 @@ class LLM:
         self.engine.scheduler.pool.reset_prefix_cache()
 
     def _add(self, prompt: Prompt, params: SamplingParams, priority: int) -> str:
-        text, token_ids, salt = self._parse(prompt)
+        text, token_ids, salt = parse_prompt(prompt, self.engine)
         request_id = str(next(self._ids))
         self.engine.add_request(request_id, token_ids, params, text, priority, salt)
         return request_id
 
-    def _parse(self, prompt: Prompt) -> tuple[str | None, Sequence[int], str | None]:
-        return parse_prompt(prompt, self.engine)
-
-    def _run(self, ids: Sequence[str], progress: Progress) -> list[RequestOutput]:
+    def _run(self, ids: Sequence[str], report: Report) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
         wanted = set(ids)
-        with progress.task("Generating", len(ids)) as advance:
-            while len(done) < len(ids):
-                for output in self.engine.step():
-                    if output.finished and output.request_id in wanted:
-                        done[output.request_id] = output
-                        advance()
+        while len(done) < len(ids):
+            for output in self.engine.step():
+                if output.finished and output.request_id in wanted:
+                    done[output.request_id] = output
+                    report("Generating", len(done), len(ids))
         return [done[request_id] for request_id in ids]
 
 

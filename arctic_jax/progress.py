@@ -1,32 +1,47 @@
-"""Progress bars on standard error. Vocabulary; silent when they are switched off."""
+"""How long work (download, conversion, loading, compiling) reports how far it is. Vocabulary."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import rich.progress
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+Report = Callable[[str, int, int], None]
+"""`report(stage, done, total)`; a stage begins with its first call and ends at `done == total`."""
 
 
-class Progress:
-    """Shows the progress of slow steps, or nothing."""
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
 
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
 
-    @contextlib.contextmanager
-    def task(self, description: str, total: int | None) -> Iterator[Callable[..., None]]:
-        """Show a bar of `total` steps; the value is a function to call after each step."""
-        if not self.enabled:
-            yield lambda *_: None
-            return
-        columns = (
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(),
-        )
-        with rich.progress.Progress(*columns, console=Console(stderr=True)) as bars:
-            task = bars.add_task(description, total=total)
-            yield lambda *_: bars.advance(task)
+def counted(report: Report, stage: str, total: int) -> Callable[[], None]:
+    """Give a function that reports one more of `total` done each time it is called."""
+    done = itertools.count(1)
+    return lambda: report(stage, next(done), total)
+
+
+@contextmanager
+def bars(enabled: bool = True, console: Console | None = None) -> Iterator[Report]:
+    """Give a `Report` that draws one bar for each stage, on standard error; or `silent`."""
+    if not enabled:
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    console = console or Console(stderr=True)
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield report

@@ -19,7 +19,7 @@ from arctic_jax.config import DEFAULT_MODEL, EngineConfig
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.errors import EngineDeadError
 from arctic_jax.llm import Prompt, parse_prompt
-from arctic_jax.progress import Progress
+from arctic_jax.progress import bars
 from arctic_jax.request import RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class AsyncEngine:
     ) -> None:
         if engine is None:
             config = EngineConfig.from_keywords(model=str(model), **options)
-            engine = EngineCore(config, Progress(enabled=progress))
+            with bars(progress) as report:
+                engine = EngineCore(config, report)
         self.engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, _Mailbox] = {}  # touched by the engine's thread only

@@ -18,9 +18,9 @@ from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
 from arctic_jax.errors import InvalidRequestError
-from arctic_jax.loading.model_files import ModelFiles, open_model
+from arctic_jax.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
-from arctic_jax.progress import Progress
+from arctic_jax.progress import Report, silent
 from arctic_jax.request import Request, RequestOutput, RequestStatus, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class EngineCore:
 
     Args:
         config: what the user set.
-        progress: shows downloading, loading and compiling.
+        report: told how far downloading, loading and compiling are.
         files: an opened model, for those who have one; else `config.load.model` is resolved.
 
     Raises:
@@ -42,19 +42,18 @@ class EngineCore:
     def __init__(
         self,
         config: EngineConfig,
-        progress: Progress | None = None,
+        report: Report = silent,
         files: ModelFiles | None = None,
     ) -> None:
-        progress = progress or Progress(enabled=False)
         # Only heeded if no GPU program has run yet in this process; JAX's default is 0.75.
         share = str(config.cache.gpu_memory_utilization)
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
         config = config.for_backend(jax.default_backend())
         self.config = config
-        self.files = files or open_model(config.load, progress)
+        self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)
         model_config = cls.config_from_hf(self.files.config)
-        self.runner = ModelRunner(config, cls, model_config, self.files.checkpoint, progress)
+        self.runner = ModelRunner(config, cls, model_config, self.files.checkpoint, report)
         self.tokenizer = self.files.tokenizer
         self.max_model_len = self.runner.max_model_len
         self.scheduler = Scheduler(

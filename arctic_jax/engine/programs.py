@@ -68,14 +68,14 @@ class ProgramCache:
         layouts: Sequence[MeshLayout],
         buckets: Sequence[Bucket],
         num_blocks: int,
-        on_compiled: Callable[[MeshLayout, Bucket], None] = lambda layout, bucket: None,
+        on_compiled: Callable[[], None] = lambda: None,
     ) -> None:
         """Compile every pair; tracing is serial, XLA's work runs on a few threads."""
         keys = [(layout, bucket) for layout in layouts for bucket in buckets]
 
         def compile_one(key: tuple[MeshLayout, Bucket], lowered: jax.stages.Lowered) -> None:
             self._programs[key] = lowered.compile()
-            on_compiled(*key)
+            on_compiled()
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
             jobs = [threads.submit(compile_one, key, self._lower(*key, num_blocks)) for key in keys]

@@ -31,7 +31,7 @@ from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
 from arctic_jax.kv_cache import KVCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
-from arctic_jax.progress import Progress
+from arctic_jax.progress import Report, counted
 from arctic_jax.request import Request
 from arctic_jax.shift_parallel import MeshLayout, make_mesh, shift, ulysses
 from arctic_jax.weights import Checkpoint, ParameterSpec
@@ -61,7 +61,7 @@ class ModelRunner:
         model_class: from the registry.
         model_config: the model's numbers.
         checkpoint: where weights come from; `None` for random ones.
-        progress: shows loading and compiling.
+        report: told how far loading and compiling are.
         devices: those to use; `None` for the first ones.
     """
 
@@ -71,7 +71,7 @@ class ModelRunner:
         model_class: type[LlamaForCausalLM],
         model_config: ModelConfig,
         checkpoint: Checkpoint | None,
-        progress: Progress,
+        report: Report,
         devices: list[jax.Device] | None = None,
     ) -> None:
         parallel = config.parallel
@@ -87,7 +87,7 @@ class ModelRunner:
         self.dtype = _compute_dtype(config.load.dtype, model_config)
         num_devices = parallel.num_devices
         model = nnx.eval_shape(lambda: model_class(model_config, num_devices))
-        self.leaves, partitions, model = self._load(model, config, checkpoint, progress)
+        self.leaves, partitions, model = self._load(model, config, checkpoint, report)
 
         self.cache_spec = KVCacheSpec(
             num_layers=model_config.num_hidden_layers,
@@ -116,7 +116,7 @@ class ModelRunner:
                 f"the cache, there is room for {self.num_blocks} ({room} tokens); set a smaller "
                 "max_model_len or give the cache more memory"
             )
-        self._compile(progress)
+        self._compile(report)
         self.cache = self.cache_spec.allocate(self.num_blocks, self.mesh)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         self.state = jax.device_put(
@@ -150,7 +150,7 @@ class ModelRunner:
         model: LlamaForCausalLM,
         config: EngineConfig,
         checkpoint: Checkpoint | None,
-        progress: Progress,
+        report: Report,
     ) -> tuple[tuple[jax.Array, ...], tuple[PartitionSpec, ...], LlamaForCausalLM]:
         """Place the weights; return them as a flat tuple, and the module with their dtypes."""
         parameters = {}
@@ -159,22 +159,20 @@ class ModelRunner:
             name = ".".join(str(part) for part in path)
             partition = self.layout.partition(axis)
             parameters[name] = ParameterSpec(variable.shape, self.dtype, partition)
-        with progress.task("Loading weights", len(parameters)) as advance:
-            if checkpoint is None:
-                placed = weights.random(parameters, self.mesh, config.load.seed, advance)
-            else:
-                sources = model.weight_sources()
-                placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
+        advance = counted(report, "Loading weights", len(parameters))
+        if checkpoint is None:
+            placed = weights.random(parameters, self.mesh, config.load.seed, advance)
+        else:
+            sources = model.weight_sources()
+            placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
         names = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(model)]
         partitions = tuple(parameters[name].partition for name in names)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
         return tuple(placed[name] for name in names), partitions, abstract
 
-    def _compile(self, progress: Progress) -> None:
-        with progress.task("Compiling step programs", len(self.buckets)) as advance:
-            self.programs.compile_all(
-                (self.layout,), self.buckets, self.num_blocks, lambda *key: advance(str(key[1]))
-            )
+    def _compile(self, report: Report) -> None:
+        advance = counted(report, "Compiling step programs", len(self.buckets))
+        self.programs.compile_all((self.layout,), self.buckets, self.num_blocks, advance)
 
     def _blocks_that_fit(self, cache: CacheConfig) -> int:
         """Size the cache: a share of the memory, on a GPU what weights and programs leave."""

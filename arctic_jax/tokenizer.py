@@ -1,0 +1,155 @@
+"""Text to token ids and back, for a Hugging Face directory or a GGUF file. Host only.
+
+Thin over `transformers`' fast tokenizers. Nothing from a model's repository is executed, and chat
+templates, which are programs from the same source, run in `arctic_jax.chat_template`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from arctic_jax import gguf_tokenizer
+from arctic_jax.chat_template import ChatTemplateRenderer
+from arctic_jax.errors import ChatTemplateError, CheckpointError, ModelNotFoundError
+from arctic_jax.gguf_file import GGUFFile
+
+_advice = logging.getLogger("transformers")
+_advice.addFilter(_no_torch := lambda record: "PyTorch was not found" not in record.getMessage())
+try:  # only tokenizers are wanted of it; its advice to install torch would come with every start
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+finally:
+    _advice.removeFilter(_no_torch)
+
+
+class Tokenizer:
+    """What the engine needs of a tokenizer; `hf` is the `transformers` object behind it."""
+
+    def __init__(self, hf: PreTrainedTokenizerFast) -> None:
+        self.hf = hf
+        self._renderer = ChatTemplateRenderer()
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The `tokenizers.Tokenizer`, for incremental decoding."""
+        return self.hf.backend_tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that mean something: all below it, added tokens included."""
+        return len(self.hf)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id that ends a text; a model's generation config may name more."""
+        return self.hf.eos_token_id  # pyright: ignore[reportReturnType]
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id that begins a text."""
+        return self.hf.bos_token_id  # pyright: ignore[reportReturnType]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Turn text into token ids."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Turn token ids into text."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the vocabulary's spelling of each id, empty for one that has none."""
+        return [self.backend.id_to_token(i) or "" for i in ids]
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Render messages with `render_chat_template` and encode them."""
+        text = self.render_chat_template(messages, add_generation_prompt, **kwargs)
+        return self.encode(text, add_special_tokens=False)  # a template writes its own BOS
+
+    def render_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Render messages with the model's template, or with `chat_template`.
+
+        Other keywords are variables of the template, such as `enable_thinking`.
+
+        Raises:
+            ChatTemplateError: there is no template, it fails, or it exceeds its time or size.
+        """
+        try:
+            source = self.hf.get_chat_template(chat_template, tools)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise ChatTemplateError("the model has no chat template", "chat_template") from error
+        return self._renderer.render(
+            source,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.hf.special_tokens_map, **kwargs},
+        )
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load from a directory with `tokenizer.json`, or from a GGUF file.
+
+    Raises:
+        ModelNotFoundError: the path does not exist.
+        CheckpointError: there is no tokenizer in it that can be read.
+        UnsupportedModelError: a GGUF file's tokenizer is of a kind that is not implemented.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Tokenizer(_from_directory(path))
+    if path.is_file():
+        return Tokenizer(_from_gguf(path))
+    raise ModelNotFoundError(f"no tokenizer: {str(path)!r} does not exist")
+
+
+def _from_directory(path: Path) -> PreTrainedTokenizerFast:
+    try:
+        # local_files_only: a directory is complete; a missing file must not become a download.
+        loaded = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(f"no tokenizer could be read from {path}: {error}") from error
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise CheckpointError(f"{path} has no fast tokenizer (tokenizer.json)")
+    return loaded
+
+
+def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
+    metadata = GGUFFile(path).metadata
+    backend, special = gguf_tokenizer.build(metadata)
+    template = metadata.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=template if isinstance(template, str) else None,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def numbered_tokenizer(vocab_size: int) -> Tokenizer:
+    """Make a tokenizer whose token `i` is the word `<i>`, for random weights without one."""
+    words = {f"<{i}>": i for i in range(vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
