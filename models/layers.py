@@ -145,9 +145,7 @@ class Attention(nnx.Module):
         self.qkv = parameter(groups, width, config.hidden_size, axis="heads")
         self.qkv_bias = parameter(groups, width, axis="heads") if config.qkv_bias else None
         self.output = parameter(size, config.hidden_size, axis="heads")
-        self.output_bias = (
-            parameter(config.hidden_size) if config.attention_output_bias else None
-        )
+        self.output_bias = parameter(config.hidden_size) if config.attention_output_bias else None
         norm = config.qk_norm
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norm else None
@@ -171,9 +169,7 @@ class Attention(nnx.Module):
         q = q.reshape(tokens, groups * self.heads_per_group, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        k_cache, v_cache = kv_cache_update(
-            k, v, *rope, k_cache, v_cache, batch.slot_mapping
-        )
+        k_cache, v_cache = kv_cache_update(k, v, *rope, k_cache, v_cache, batch.slot_mapping)
         out = paged_attention(
             rotate(q, *rope),
             k_cache,

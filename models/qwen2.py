@@ -15,9 +15,7 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
     @staticmethod
     def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face config of model type `qwen2`."""
-        return ModelConfig.from_hf(
-            config, qkv_bias=True, sliding_windows=sliding_windows(config)
-        )
+        return ModelConfig.from_hf(config, qkv_bias=True, sliding_windows=sliding_windows(config))
 
 
 def sliding_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:

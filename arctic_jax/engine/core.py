@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import jax
 
+from arctic_jax import hub
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
@@ -45,9 +46,7 @@ class EngineCore:
         report: Report = silent,
         files: ModelFiles | None = None,
     ) -> None:
-        # Only heeded if no GPU program has run yet in this process; JAX's default is 0.75.
-        share = str(config.cache.gpu_memory_utilization)
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+        _prepare_jax(config)
         config = config.for_backend(jax.default_backend())
         self.config = config
         self.files = files or open_model(config.load, report)
@@ -122,7 +121,9 @@ class EngineCore:
             return []
         output = self.runner.run(scheduled)
         ended = self.outputs.accept(scheduled, output, self._group_of)
-        changed = {self._group_of[part.request]: None for part in scheduled.requests if part.samples}
+        changed = {
+            self._group_of[part.request]: None for part in scheduled.requests if part.samples
+        }
         for request, status in ended:
             changed[self._group_of[request]] = None
             self._finish(request, status)
@@ -200,3 +201,13 @@ class EngineCore:
         plain = self.tokenizer.encode(word.lstrip(), add_special_tokens=False)
         spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         return [tuple(ids) for ids in (plain, spaced) if ids]
+
+
+def _prepare_jax(config: EngineConfig) -> None:
+    """Set what JAX has for the whole process, unless the user has set it."""
+    # Only heeded if no GPU program has run yet in this process; JAX's default is 0.75.
+    share = str(config.cache.gpu_memory_utilization)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -133,7 +133,9 @@ class OutputProcessor:
         """Log-probabilities of one position: the `wanted` likeliest tokens, and `token`."""
         ids = [int(i) for i in output.top_token_ids[row][:wanted]]
         values = output.top_logprobs[row][:wanted]
-        entries = {i: (float(v), rank + 1) for rank, (i, v) in enumerate(zip(ids, values, strict=True))}
+        entries = {
+            i: (float(v), rank + 1) for rank, (i, v) in enumerate(zip(ids, values, strict=True))
+        }
         entries = {token: (float(output.logprob[row]), int(output.rank[row]))} | entries
         return {
             i: Logprob(value, rank, self.tokenizer.decode([i], skip_special_tokens=False))

@@ -303,5 +303,3 @@ def _path(keys: tuple[Any, ...]) -> str:
     """Dotted parameter path of a tree path, without the variable's own `value`."""
     names = [str(getattr(k, "name", getattr(k, "idx", getattr(k, "key", "")))) for k in keys]
     return ".".join(names[:-1])
-
-

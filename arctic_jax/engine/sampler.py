@@ -21,9 +21,7 @@ IN_PROMPT = 1 << 30
 """Flag in `SamplerState.seen`; the bits below count the token's occurrences in the output."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["seen", "bias"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["seen", "bias"], meta_fields=[])
 @dataclass(frozen=True)
 class SamplerState:
     """What penalties and biases need to know of each running request, on the device.
@@ -144,9 +142,7 @@ def _keep_largest(x: Array, weights: Array, needed: Array, all_rows: Array | Non
     return jnp.where(order >= bound[:, None], x, -jnp.inf)
 
 
-def _logprobs(
-    logits: Array, target: Array, max_logprobs: int
-) -> tuple[Array, Array, Array, Array]:
+def _logprobs(logits: Array, target: Array, max_logprobs: int) -> tuple[Array, Array, Array, Array]:
     """Log-probability and rank of each row's target, and the `max_logprobs` largest."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, target[:, None], axis=-1)

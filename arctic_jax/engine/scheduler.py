@@ -98,9 +98,7 @@ class Scheduler:
                 i += 1
 
         # After a preemption memory is short: taking somebody new in would only preempt again.
-        while (
-            self.waiting and tokens and not preempted and len(self.running) < self.max_num_seqs
-        ):
+        while self.waiting and tokens and not preempted and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             self._attach_prefix(request)
             part = ScheduledRequest.plan(request, request.num_computed_tokens, tokens, rows)
