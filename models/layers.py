@@ -169,6 +169,9 @@ class Attention(nnx.Module):
         q = q.reshape(tokens, groups * self.heads_per_group, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        # A weight of 0 does not hide a value that is not finite: a damaged token would reach the
+        # queries before it, and other requests through their common prefix. Its key stays as it is.
+        v = jnp.where(jnp.isfinite(v), v, 0)
         k_cache, v_cache = kv_cache_update(k, v, *rope, k_cache, v_cache, batch.slot_mapping)
         out = paged_attention(
             rotate(q, *rope),

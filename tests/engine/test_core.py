@@ -161,8 +161,12 @@ def test_nothing_is_compiled_after_ready(engine: EngineCore) -> None:
     with jax.log_compiles(False), _counting_compilations() as count:
         for i, length in enumerate((1, 3, 9, 31, 33, 70)):
             params = SamplingParams(
-                temperature=i % 2, max_tokens=5, logprobs=i, prompt_logprobs=2 * (i % 2) or None,
-                repetition_penalty=1 + i / 10, min_tokens=i % 3,
+                temperature=i % 2,
+                max_tokens=5,
+                logprobs=i,
+                prompt_logprobs=2 * (i % 2) or None,
+                repetition_penalty=1 + i / 10,
+                min_tokens=i % 3,
             )
             engine.add_request(str(i), [i] * length, params)
         run(engine)
