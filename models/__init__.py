@@ -1,4 +1,4 @@
-"""`arctic_jax.models`: the model architectures, one file each (the folder models/ at the top of the repository)."""
+"""`arctic_jax.models`, the folder models/: the model architectures, one file each."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""`arctic_jax.pallas_kernels`: the kernels, one folder an operation (the folder pallas_kernels/ at the top of the repository)."""
+"""`arctic_jax.pallas_kernels`, the folder pallas_kernels/: one folder an operation."""
 
 import os
 

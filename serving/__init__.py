@@ -1,4 +1,4 @@
-"""`arctic_jax.serving`: the command line and the asynchronous engine (the folder serving/ at the top of the repository)."""
+"""`arctic_jax.serving`, the folder serving/: the command line and the asynchronous engine."""
 
 import os
 
