@@ -301,6 +301,8 @@ class Request:
     def __post_init__(self) -> None:
         """Start the one growing list of all tokens."""
         self.token_ids = self.prompt_token_ids + self.output_token_ids
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)  # nothing predicts the first token
 
     @property
     def num_tokens(self) -> int:
