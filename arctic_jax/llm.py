@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from arctic_jax.config import DEFAULT_MODEL, EngineConfig
@@ -94,7 +94,7 @@ class LLM:
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [
             self.engine.tokenizer.apply_chat_template(
-                list(conversation),  # type: ignore[arg-type]
+                conversation,  # pyright: ignore[reportArgumentType]
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 **(chat_template_kwargs or {}),
@@ -104,11 +104,16 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
-        """Generate an answer to one prompt; yield its state after each step."""
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput]:
+        """Answer one prompt, or one conversation; yield the answer's state after each step.
+
+        Closing the generator early aborts the request.
+        """
         params = sampling_params or self.get_default_sampling_params()
-        request_id = self._add(prompt, params, 0)
+        if not isinstance(prompt, str | Mapping) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.engine.tokenizer.apply_chat_template(prompt)  # pyright: ignore
+        request_id = self._add(prompt, params, 0)  # pyright: ignore[reportArgumentType]
         try:
             finished = False
             while not finished:

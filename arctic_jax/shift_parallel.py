@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ class MeshLayout:
         return lax.axis_index(self.devices) if self.devices else 0
 
 
-def make_mesh(tp: int, sp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(tp: int, sp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Make the mesh `("tp", "sp")` over the first `tp * sp` devices, in row-major order.
 
     Raises:

@@ -136,10 +136,17 @@ class Attention(nnx.Module):
     if those are more (then heads are copied).
     """
 
-    def __init__(self, config: ModelConfig, sliding_window: int | None, groups: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        sliding_window: int | None,
+        groups: int,
+        implementation: str | None,
+    ) -> None:
         self.head_dim = config.head_dim
         self.heads_per_group = config.num_attention_heads // groups
         self.sliding_window = sliding_window
+        self.implementation = implementation
         width = (self.heads_per_group + 2) * config.head_dim
         size = config.num_attention_heads * config.head_dim
         self.qkv = parameter(groups, width, config.hidden_size, axis="heads")
@@ -172,7 +179,15 @@ class Attention(nnx.Module):
         # A weight of 0 does not hide a value that is not finite: a damaged token would reach the
         # queries before it, and other requests through their common prefix. Its key stays as it is.
         v = jnp.where(jnp.isfinite(v), v, 0)
-        k_cache, v_cache = kv_cache_update(k, v, *rope, k_cache, v_cache, batch.slot_mapping)
+        k_cache, v_cache = kv_cache_update(
+            k,
+            v,
+            *rope,
+            k_cache,
+            v_cache,
+            batch.slot_mapping,
+            implementation=self.implementation,
+        )
         out = paged_attention(
             rotate(q, *rope),
             k_cache,
@@ -183,6 +198,7 @@ class Attention(nnx.Module):
             max_query_len=batch.max_query_len,
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,
+            implementation=self.implementation,
         )
         out = layout.to_tokens(out.reshape(tokens, groups, -1))
         out = layout.reduce(out.reshape(x.shape[0], -1) @ self.output[...])

@@ -24,10 +24,15 @@ class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each with a norm before and a residual around it."""
 
     def __init__(
-        self, config: ModelConfig, sliding_window: int | None, groups: int, num_devices: int
+        self,
+        config: ModelConfig,
+        sliding_window: int | None,
+        groups: int,
+        num_devices: int,
+        implementation: str | None,
     ) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, sliding_window, groups)
+        self.attention = Attention(config, sliding_window, groups, implementation)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config, num_devices)
 
@@ -58,12 +63,15 @@ class LlamaForCausalLM(nnx.Module):
     Args:
         config: its numbers.
         num_devices: P, the devices of one engine.
+        implementation: of every operation, see `pallas_kernels.dispatch`.
 
     Raises:
         ValueError: heads, or the feed-forward dimension, cannot be split over P devices.
     """
 
-    def __init__(self, config: ModelConfig, num_devices: int) -> None:
+    def __init__(
+        self, config: ModelConfig, num_devices: int, implementation: str | None = None
+    ) -> None:
         self.config = config
         self.num_kv_groups = num_kv_groups(config, num_devices)
         if config.intermediate_size % num_devices:
@@ -74,7 +82,13 @@ class LlamaForCausalLM(nnx.Module):
         self.embed = Embed(config.vocab_size, config.hidden_size, num_devices)
         self.layers = nnx.List(
             [
-                DecoderLayer(config, config.sliding_window(i), self.num_kv_groups, num_devices)
+                DecoderLayer(
+                    config,
+                    config.sliding_window(i),
+                    self.num_kv_groups,
+                    num_devices,
+                    implementation,
+                )
                 for i in range(config.num_hidden_layers)
             ]
         )

@@ -145,14 +145,15 @@ def chat(
 @command(models_app, "list")
 def list_models() -> None:
     """Show the aliases and the architectures."""
+    from arctic_jax import hub
     from arctic_jax.models import registry
 
     aliases = Table("alias", "what it is", title="Models by name")
-    for alias, meaning in registry.ALIASES.items():
-        aliases.add_row(alias, str(meaning))
+    for alias, meaning in hub.ALIASES.items():
+        aliases.add_row(alias, meaning)
     architectures = Table("architecture", "implemented in", title="Architectures")
     for name, where in registry.ARCHITECTURES.items():
-        architectures.add_row(name, str(where))
+        architectures.add_row(name, where)
     stdout.print(aliases, architectures)
 
 

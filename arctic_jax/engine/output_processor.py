@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from arctic_jax.batch import ScheduledBatch, ScheduledRequest
 from arctic_jax.engine.detokenizer import TextStream
 from arctic_jax.engine.runner import HostOutput
-from arctic_jax.tokenizer import Tokenizer
 from arctic_jax.request import (
     CompletionOutput,
     Logprob,
@@ -22,6 +21,7 @@ from arctic_jax.request import (
     RequestOutput,
     RequestStatus,
 )
+from arctic_jax.tokenizer import Tokenizer
 
 
 @dataclass(eq=False)

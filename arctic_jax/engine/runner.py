@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from arctic_jax import weights
 from arctic_jax.batch import (
@@ -33,7 +34,7 @@ from arctic_jax.kv_cache import KVCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted
 from arctic_jax.request import Request
-from arctic_jax.shift_parallel import MeshLayout, make_mesh, shift, ulysses
+from arctic_jax.shift_parallel import make_mesh, shift, ulysses
 from arctic_jax.weights import Checkpoint, ParameterSpec
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class ModelRunner:
         model_config: ModelConfig,
         checkpoint: Checkpoint | None,
         report: Report,
-        devices: list[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ) -> None:
         parallel = config.parallel
         tp, sp = parallel.tensor_parallel_size, parallel.ulysses_sequence_parallel_size
@@ -86,7 +87,8 @@ class ModelRunner:
 
         self.dtype = _compute_dtype(config.load.dtype, model_config)
         num_devices = parallel.num_devices
-        model = nnx.eval_shape(lambda: model_class(model_config, num_devices))
+        implementation = config.load.implementation
+        model = nnx.eval_shape(lambda: model_class(model_config, num_devices, implementation))
         self.leaves, partitions, model = self._load(model, config, checkpoint, report)
 
         self.cache_spec = KVCacheSpec(

@@ -152,7 +152,7 @@ def test_any_mesh_gives_the_same_tokens(tp: int, sp: int) -> None:
 
 def test_heads_that_cannot_be_split_are_refused() -> None:
     config = CONFIG | {"num_attention_heads": 6, "num_key_value_heads": 2}
-    with pytest.raises(ValueError, match="6 attention heads with 2 key/value heads .* 4 devices"):
+    with pytest.raises(ValueError, match=r"6 attention heads with 2 key/value heads .* 4 devices"):
         make_engine(config, {}, tensor_parallel_size=4)
 
 
@@ -181,7 +181,7 @@ class _counting_compilations:
         self.events: list[str] = []
         self.listening = True
 
-        def listen(event: str, _: float, **__: object) -> None:
+        def listen(event: str, duration_secs: float, **kwargs: object) -> None:
             if self.listening and "backend_compile" in event:
                 self.events.append(event)
 
@@ -268,5 +268,5 @@ def test_answers_end_at_the_context_length(engine: EngineCore) -> None:
 
 
 def test_too_small_a_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_model_len=96 needs 24 blocks .* room for 23"):
+    with pytest.raises(ValueError, match=r"max_model_len=96 needs 24 blocks .* room for 23"):
         make_engine(num_blocks=23)
