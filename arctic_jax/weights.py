@@ -227,5 +227,3 @@ def random(
 
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-

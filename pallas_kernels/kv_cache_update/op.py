@@ -14,7 +14,7 @@ def kv_cache_update(
     sin: Float[Array, "T D/2"],
     k_cache: Float[Array, "blocks KV block_size D"],
     v_cache: Float[Array, "blocks KV block_size D"],
-    slot_mapping: Int[Array, "T"],
+    slot_mapping: Int[Array, " T"],
     *,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
