@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from arctic_jax import weights
 from arctic_jax.batch import (
     Bucket,
+    HostOutput,
     ScheduledBatch,
-    StepOutput,
     bucket_ladder,
     host_views,
     packed_size,
@@ -41,18 +40,6 @@ from arctic_jax.weights import Checkpoint, ParameterSpec
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_ROWS = 256
-
-
-@dataclass(frozen=True)
-class HostOutput:
-    """`StepOutput` on the host, rows in the order of the scheduled requests."""
-
-    token_ids: np.ndarray
-    finite: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
-    top_token_ids: np.ndarray
-    top_logprobs: np.ndarray
 
 
 class ModelRunner:
@@ -138,15 +125,11 @@ class ModelRunner:
         self.cache, self.state, output = self.programs.run(
             self.layout, bucket, self.leaves, self.cache, self.state, packed
         )
-        return self._to_host(output, scheduled.num_rows)
+        return HostOutput.unpack(np.asarray(output), scheduled.num_rows)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
         self._rows.forget(request)
-
-    def _to_host(self, output: StepOutput, rows: int) -> HostOutput:
-        values = jax.device_get(output)
-        return HostOutput(*(getattr(values, f.name)[:rows] for f in fields(HostOutput)))
 
     def _load(
         self,
