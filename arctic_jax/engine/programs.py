@@ -34,8 +34,8 @@ class ProgramCache:
     """`(layout, bucket)` to a compiled step; nothing else is ever a key.
 
     A step is `step(leaves, cache, state, packed) -> (cache, state, output)`, with cache and state
-    donated and `output` a packed `StepOutput`. `leaves` is the flat tuple of the model's parameters: rebuilding the module from it
-    happens while the program is traced, not at each call.
+    donated and `output` a packed `StepOutput`. `leaves` is the flat tuple of the model's
+    parameters: rebuilding the module from it happens while the program is traced, not at each call.
 
     Args:
         model: the module, its parameters abstract.
