@@ -33,7 +33,7 @@ def make_batch(
     row_target: list[int] | None = None,
     want_logprobs: bool = False,
 ) -> ForwardBatch:
-    """A batch of requests, each `NEUTRAL` but for what is given, `seed` and `state_row` included."""
+    """A batch of requests, each `NEUTRAL` but for what is given, also `seed` and `state_row`."""
     rows, seqs = len(row_seq), len(requests)
 
     def each(name: str, dtype: Any) -> jax.Array:
@@ -73,7 +73,7 @@ def sample(
 
 def draw_many(logits: list[float], **params: Any) -> np.ndarray:
     """How often each token comes in `DRAWS` steps of one request."""
-    rows = np.tile(np.float32(logits), (DRAWS, 1))
+    rows = np.tile(np.array(logits, np.float32), (DRAWS, 1))
     batch = make_batch([params], np.zeros(DRAWS, int), np.arange(DRAWS))
     tokens = np.asarray(sample(rows, batch)[0].token_ids)
     return np.bincount(tokens, minlength=len(logits))
@@ -146,7 +146,7 @@ def test_sets_and_frequencies(params: dict[str, Any]) -> None:
 
 
 def test_the_order_of_operations_shows() -> None:
-    # Heat before min-p: at temperature 2 the fourth token has exp(-0.5) > 0.6 of the first's weight.
+    # Heat before min-p: at temperature 2 the fourth token's weight is exp(-0.5) > 0.6.
     hot = draw_many(LOGITS, temperature=2.0, min_p=0.6)
     assert set(np.flatnonzero(hot)) == {0, 1, 2, 3}
     assert set(np.flatnonzero(draw_many(LOGITS, temperature=1.0, min_p=0.6))) == {0, 1, 2}
@@ -265,7 +265,7 @@ def test_penalties_come_before_temperature() -> None:
     seen[0, 0] = 1
     state = SamplerState(jnp.asarray(seen), jnp.zeros((2, VOCAB)))
     request = {"temperature": 0.5, "presence_penalty": 1.0, "state_row": 0}
-    rows = np.tile(np.float32([2.0, 2.0, *[-90.0] * 10]), (DRAWS, 1))
+    rows = np.tile(np.array([2.0, 2.0, *[-90.0] * 10], np.float32), (DRAWS, 1))
     batch = make_batch([request], np.zeros(DRAWS, int), np.arange(DRAWS))
     counts = np.bincount(np.asarray(sample(rows, batch, state)[0].token_ids), minlength=VOCAB)
     check_distribution(counts, expected_distribution([1.0, 2.0, *[-90.0] * 10], temperature=0.5))
