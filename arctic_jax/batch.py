@@ -199,6 +199,7 @@ class ForwardBatch:
         logit_rows: `[R]` tokens whose logits are wanted.
         row_seq: `[R]` the sequence of each row.
         row_target: `[R]` the token whose log-probability is reported; -1 for the one drawn.
+            Padding has target 0, so that its draws count for nobody.
         row_step: `[R]` how many tokens were drawn before: with `seed` it makes the random key.
         state_row: `[S]` row of the sampler's state, or -1 if logits are not adjusted.
         temperature: `[S]`, and so on for the other sampling parameters.

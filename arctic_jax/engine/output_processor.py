@@ -85,7 +85,10 @@ class OutputProcessor:
         for row in rows:
             if not output.finite[row]:
                 position = part.end - (rows.stop - row)
-                request.error = f"the logits at position {position} are not finite numbers"
+                request.error = (
+                    f"the logits at position {position} are not finite numbers, or the request's "
+                    "parameters allow no token there"
+                )
                 return RequestStatus.FAILED
         prompt_rows = rows[: len(rows) - part.samples]
         if request.wants_prompt_rows:

@@ -181,7 +181,7 @@ class ModelRunner:
         packed = np.zeros(packed_size(bucket, self.max_blocks_per_seq), np.int32)
         views = host_views(packed, bucket, self.max_blocks_per_seq)
         views["slot_mapping"][:] = -1
-        views["row_target"][:] = -1
+        views["row_target"][:] = 0  # padding's; those of requests follow
         views["state_row"][:] = -1
         token = row = 0
         want_logprobs = False
@@ -205,13 +205,13 @@ class ModelRunner:
                 views["row_step"][rows] = len(request.output_token_ids)
                 # Rows before the last known token predict a token of the prompt.
                 targets = request.token_ids[first + 1 : part.end + 1]
-                views["row_target"][row : row + len(targets)] = targets
+                views["row_target"][rows] = [*targets, -1] if part.samples else targets
                 row += part.num_rows
                 want_logprobs |= params.logprobs is not None or request.wants_prompt_rows
             if params.adjusts_logits:
                 views["state_row"][s] = request.slot
             views["temperature"][s] = params.temperature
-            views["top_k"][s] = max(params.top_k, 0)
+            views["top_k"][s] = min(max(params.top_k, 0), self.model_config.vocab_size)
             views["top_p"][s] = params.top_p
             views["min_p"][s] = params.min_p
             views["presence_penalty"][s] = params.presence_penalty
@@ -260,7 +260,8 @@ class _SamplerRows:
             length = len(word) - 1
             if length == 0 or tuple(output[-length:]) == word[:-1]:
                 banned.add(word[-1])
-        return frozenset(banned)
+        # A tokenizer, or a list of end-of-sequence tokens, may know more ids than the model has.
+        return frozenset(token for token in banned if 0 <= token < self.vocab_size)
 
     def _bias(self, request: Request, banned: frozenset[int]) -> np.ndarray:
         params = request.params
