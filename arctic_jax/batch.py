@@ -7,6 +7,7 @@ program costs host time; the program unpacks it by static offsets.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -229,6 +230,9 @@ class ForwardBatch:
     max_query_len: int
 
 
+# Words between the beginnings of packed fields: a kernel may get a field as a piece of the packed
+# array, without a copy, and wants it aligned to 256 bytes.
+_ALIGNMENT = 64
 _FLOATS = frozenset(
     {
         "temperature",
@@ -256,32 +260,37 @@ def _shapes(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _layout(bucket: Bucket, max_blocks: int) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+    """Return each field's offset and shape, and the size of the whole, in int32 words."""
+    offsets, size = {}, 0
+    for name, shape in _shapes(bucket, max_blocks).items():
+        offsets[name] = (size, shape)
+        size += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return offsets, size
+
+
 def packed_size(bucket: Bucket, max_blocks: int) -> int:
     """Int32 words of a packed batch."""
-    return sum(int(np.prod(shape)) for shape in _shapes(bucket, max_blocks).values())
+    return _layout(bucket, max_blocks)[1]
 
 
 def host_views(
     packed: np.ndarray[tuple[int], np.dtype[np.int32]], bucket: Bucket, max_blocks: int
 ) -> dict[str, np.ndarray]:
     """Views into a packed host array, one a field, of the field's shape and type."""
-    views, start = {}, 0
-    for name, shape in _shapes(bucket, max_blocks).items():
-        size = int(np.prod(shape))
-        view = packed[start : start + size].reshape(shape)
+    views = {}
+    for name, (start, shape) in _layout(bucket, max_blocks)[0].items():
+        view = packed[start : start + math.prod(shape)].reshape(shape)
         views[name] = view.view(np.float32) if name in _FLOATS else view
-        start += size
     return views
 
 
 def unpack(packed: Array, bucket: Bucket, max_blocks: int) -> ForwardBatch:
     """Rebuild the batch inside the program."""
-    values, start = {}, 0
-    for name, shape in _shapes(bucket, max_blocks).items():
-        size = int(np.prod(shape))
-        value = packed[start : start + size].reshape(shape)
+    values = {}
+    for name, (start, shape) in _layout(bucket, max_blocks)[0].items():
+        value = packed[start : start + math.prod(shape)].reshape(shape)
         values[name] = lax.bitcast_convert_type(value, jnp.float32) if name in _FLOATS else value
-        start += size
     return ForwardBatch(**values, max_query_len=bucket.max_query_len)
 
 

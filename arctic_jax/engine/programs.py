@@ -136,10 +136,12 @@ class ProgramCache:
         layer = self._abstract(shape, self._cache_spec.dtype, cache_partition)
         layers = (layer,) * self._cache_spec.num_layers
         packed = self._abstract((packed_size(bucket, self._max_blocks),), jnp.int32, replicated)
-        lowered = jax.jit(sharded, donate_argnums=(1, 2)).lower(
-            leaves, KVCache(layers, layers), self._abstract_state(), packed
-        )
-        return lowered
+        # On GPUs a float32 product would otherwise be computed with 10 bits of mantissa.
+        exact = "highest" if self._cache_spec.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(exact):
+            return jax.jit(sharded, donate_argnums=(1, 2)).lower(
+                leaves, KVCache(layers, layers), self._abstract_state(), packed
+            )
 
     @property
     def _cache_shape(self) -> tuple[int, int, int]:

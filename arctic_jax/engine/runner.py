@@ -31,6 +31,7 @@ from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
 from arctic_jax.kv_cache import KVCacheSpec
+from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted
 from arctic_jax.request import Request
@@ -155,22 +156,21 @@ class ModelRunner:
         report: Report,
     ) -> tuple[tuple[jax.Array, ...], tuple[PartitionSpec, ...], LlamaForCausalLM]:
         """Place the weights; return them as a flat tuple, and the module with their dtypes."""
-        parameters = {}
-        for path, variable in nnx.to_flat_state(nnx.state(model)):
-            axis = variable.get_metadata().get("axis")
-            name = ".".join(str(part) for part in path)
-            partition = self.layout.partition(axis)
-            parameters[name] = ParameterSpec(variable.shape, self.dtype, partition)
+        parameters = {
+            path: ParameterSpec(
+                variable.shape, self.dtype, self.layout.partition(variable.get_metadata("axis"))
+            )
+            for path, variable in named_parameters(model).items()
+        }
         advance = counted(report, "Loading weights", len(parameters))
         if checkpoint is None:
             placed = weights.random(parameters, self.mesh, config.load.seed, advance)
         else:
             sources = model.weight_sources()
             placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
-        names = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(model)]
-        partitions = tuple(parameters[name].partition for name in names)
+        partitions = tuple(spec.partition for spec in parameters.values())
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
-        return tuple(placed[name] for name in names), partitions, abstract
+        return tuple(placed[path] for path in parameters), partitions, abstract
 
     def _compile(self, report: Report) -> None:
         advance = counted(report, "Compiling step programs", len(self.buckets))
@@ -299,9 +299,3 @@ def _compute_dtype(dtype: str, model_config: ModelConfig) -> jnp.dtype:
         stored = model_config.checkpoint_dtype
         dtype = "bfloat16" if stored == "float32" else stored
     return jnp.dtype(dtype)
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    """Dotted parameter path of a tree path, without the variable's own `value`."""
-    names = [str(getattr(k, "name", getattr(k, "idx", getattr(k, "key", "")))) for k in keys]
-    return ".".join(names[:-1])
