@@ -20,7 +20,7 @@ from arctic_jax.serving import cli, options
 class FakeLLM:
     """Answers every prompt with "one two three", a word a token."""
 
-    made: "ClassVar[list[FakeLLM]]" = []
+    made: "ClassVar[list[FakeLLM]]" = []  # noqa: RUF012 - the annotation is a string
     answer = ("one", " two", " three")
     error: str | None = None
 
