@@ -21,5 +21,9 @@ class InvalidRequestError(ValueError):
         self.parameter = parameter
 
 
+class EngineDeadError(RuntimeError):
+    """The engine has failed or was shut down; it serves no more requests."""
+
+
 class ChatTemplateError(InvalidRequestError):
     """The chat template is missing or faulty, raises for these messages, or exceeds a limit."""

@@ -82,6 +82,11 @@ SMOLLM2 = PackagedModel(
 )
 PACKAGED_MODEL = f"{DEFAULT_MODEL}-q4_1"
 """The packaged weights and no others, whatever the hub has: what exact tests compare with."""
+ALIASES = {
+    DEFAULT_MODEL: f"{SMOLLM2.repo_id}: cache, hub, or its package {SMOLLM2.requirement}",
+    PACKAGED_MODEL: f"the Q4_1 weights of the package {SMOLLM2.requirement}",
+}
+"""Names that are neither paths nor hub ids, and what they stand for."""
 _ALIASES = (DEFAULT_MODEL, SMOLLM2.repo_id.lower())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,9 +17,18 @@ def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
+def counted(report: Report, stage: str, total: int) -> Callable[[], None]:
+    """Give a function that reports one more of `total` done each time it is called."""
+    done = itertools.count(1)
+    return lambda: report(stage, next(done), total)
+
+
 @contextmanager
-def bars(console: Console | None = None) -> Iterator[Report]:
-    """Give a `Report` that draws one bar for each stage, on standard error."""
+def bars(enabled: bool = True, console: Console | None = None) -> Iterator[Report]:
+    """Give a `Report` that draws one bar for each stage, on standard error; or `silent`."""
+    if not enabled:
+        yield silent
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

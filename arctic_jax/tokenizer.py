@@ -16,7 +16,12 @@ import tokenizers
 
 from arctic_jax import gguf_tokenizer
 from arctic_jax.chat_template import ChatTemplateRenderer
-from arctic_jax.errors import ChatTemplateError, CheckpointError, ModelNotFoundError
+from arctic_jax.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 from arctic_jax.gguf_file import GGUFFile
 
 _advice = logging.getLogger("transformers")
@@ -55,8 +60,16 @@ class Tokenizer:
         return self.hf.bos_token_id  # pyright: ignore[reportReturnType]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Turn text into token ids."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Turn text into token ids.
+
+        Raises:
+            InvalidRequestError: it holds half a surrogate pair, as JSON can, and is no Unicode.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            message = f"the text {text!r:.100} cannot be encoded: {error}"
+            raise InvalidRequestError(message, "prompt") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Turn token ids into text."""
@@ -147,3 +160,11 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **special,
     )
+
+
+def numbered_tokenizer(vocab_size: int) -> Tokenizer:
+    """Make a tokenizer whose token `i` is the word `<i>`, for random weights without one."""
+    words = {f"<{i}>": i for i in range(vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))

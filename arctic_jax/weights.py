@@ -165,7 +165,7 @@ def load(
     sources: Mapping[str, Source],
     checkpoint: Checkpoint,
     mesh: Mesh,
-    on_loaded: Callable[[str], None] = lambda name: None,
+    on_loaded: Callable[[], None] = lambda: None,
 ) -> dict[str, jax.Array]:
     """Place every parameter on `mesh`; each device reads only its own rows.
 
@@ -179,7 +179,7 @@ def load(
     placed = {}
     for path, spec in parameters.items():
         placed[path] = _place(spec, sources[path], checkpoint, mesh)
-        on_loaded(path)
+        on_loaded()
     return placed
 
 
@@ -206,7 +206,7 @@ def random(
     parameters: Mapping[str, ParameterSpec],
     mesh: Mesh,
     seed: int,
-    on_loaded: Callable[[str], None] = lambda name: None,
+    on_loaded: Callable[[], None] = lambda: None,
 ) -> dict[str, jax.Array]:
     """Make random weights of the right shapes on the devices: `load_format="dummy"`.
 
@@ -221,11 +221,9 @@ def random(
         else:
             make = jax.jit(_normal, static_argnums=(1, 2), out_shardings=sharding)
             placed[path] = make(jax.random.key(seed * 1_000_003 + i), spec.shape, spec.dtype)
-        on_loaded(path)
+        on_loaded()
     return placed
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-

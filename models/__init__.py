@@ -1,4 +1,7 @@
-"""`arctic_jax.models`: the model architectures, one file each (the folder models/ at the top of the repository)."""
+"""`arctic_jax.models`: the model architectures, one file each.
+
+The files are in the folder models/ at the top of the repository.
+"""
 
 import os
 

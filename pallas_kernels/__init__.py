@@ -1,4 +1,7 @@
-"""`arctic_jax.pallas_kernels`: the kernels, one folder an operation (the folder pallas_kernels/ at the top of the repository)."""
+"""`arctic_jax.pallas_kernels`: the kernels, one folder an operation.
+
+The files are in the folder pallas_kernels/ at the top of the repository.
+"""
 
 import os
 

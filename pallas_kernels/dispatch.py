@@ -5,18 +5,43 @@ have `"mosaic_gpu"` (a Pallas kernel for Hopper). Nothing falls back silently: `
 for the default backend, a name means that one or an error with the reason.
 """
 
+import contextlib
+import contextvars
 import functools
 import logging
+from collections.abc import Iterator
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
+_interpreter: contextvars.ContextVar[plgpu.InterpretGPUParams | None] = contextvars.ContextVar(
+    "mosaic_gpu_interpreter", default=None
+)
+
+
+@contextlib.contextmanager
+def interpret(*, detect_races: bool = False) -> Iterator[None]:
+    """Run the Mosaic GPU kernels traced inside in JAX's interpreter, on any back end; for tests."""
+    token = _interpreter.set(plgpu.InterpretGPUParams(detect_races=detect_races))
+    try:
+        yield
+    finally:
+        _interpreter.reset(token)
+
+
+def interpreter() -> plgpu.InterpretGPUParams | None:
+    """Return the parameters of the interpreter when kernels are to run in it, else `None`."""
+    return _interpreter.get()
+
 
 def mosaic_gpu_unavailable() -> str | None:
     """Return why Mosaic GPU kernels cannot run on the default backend, or `None` if they can."""
+    if interpreter() is not None:
+        return None
     if jax.default_backend() != "gpu":
         return f"the default backend is {jax.default_backend()!r}, not 'gpu'"
     capability = getattr(jax.devices()[0], "compute_capability", "0.0")

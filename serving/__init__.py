@@ -1,4 +1,7 @@
-"""`arctic_jax.serving`: the command line and the asynchronous engine (the folder serving/ at the top of the repository)."""
+"""`arctic_jax.serving`: the command line and the asynchronous engine.
+
+The files are in the folder serving/ at the top of the repository.
+"""
 
 import os
 

@@ -4,7 +4,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from arctic_jax.pallas_kernels import dispatch
-from arctic_jax.pallas_kernels.kv_cache_update import reference
+from arctic_jax.pallas_kernels.kv_cache_update import mosaic_gpu, reference
 
 
 def kv_cache_update(
@@ -14,7 +14,7 @@ def kv_cache_update(
     sin: Float[Array, "T D/2"],
     k_cache: Float[Array, "blocks KV block_size D"],
     v_cache: Float[Array, "blocks KV block_size D"],
-    slot_mapping: Int[Array, "T"],
+    slot_mapping: Int[Array, " T"],
     *,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
@@ -45,7 +45,22 @@ def kv_cache_update(
         raise ValueError(f"{k.shape=} does not fit {k_cache.shape=}")
     if slot_mapping.shape != k.shape[:1] or cos.shape != (k.shape[0], k.shape[2] // 2):
         raise ValueError(f"{slot_mapping.shape=} and {cos.shape=} do not fit {k.shape=}")
-    chosen = dispatch.resolve("kv_cache_update", implementation, preferred="xla")
-    if chosen == "mosaic_gpu":
-        raise ValueError("kv_cache_update has no mosaic_gpu implementation yet")
-    return reference.kv_cache_update(k, v, cos, sin, k_cache, v_cache, slot_mapping)
+    arrays = (k, v, cos, sin, k_cache, v_cache, slot_mapping)
+    reason = mosaic_gpu_unsupported(*arrays)
+    preferred = "xla" if reason else "mosaic_gpu"
+    chosen = dispatch.resolve("kv_cache_update", implementation, preferred)
+    if chosen == "xla":
+        return reference.kv_cache_update(*arrays)
+    if reason:
+        raise ValueError(f"kv_cache_update: implementation='mosaic_gpu' cannot do this: {reason}")
+    return mosaic_gpu.kv_cache_update(*arrays)
+
+
+def mosaic_gpu_unsupported(
+    k: Array, v: Array, cos: Array, sin: Array, k_cache: Array, *_: Array
+) -> str | None:
+    """Return why `"mosaic_gpu"` does not take these arguments of `kv_cache_update`, or `None`.
+
+    With `implementation=None` such calls go to `"xla"`. Only shapes and dtypes are looked at.
+    """
+    return mosaic_gpu.unsupported(k, v, k_cache)

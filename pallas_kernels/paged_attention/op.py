@@ -4,7 +4,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from arctic_jax.pallas_kernels import dispatch
-from arctic_jax.pallas_kernels.paged_attention import reference
+from arctic_jax.pallas_kernels.paged_attention import mosaic_gpu, reference
 
 
 def paged_attention(
@@ -12,8 +12,8 @@ def paged_attention(
     k_cache: Float[Array, "blocks KV block_size D"],
     v_cache: Float[Array, "blocks KV block_size D"],
     block_tables: Int[Array, "S B"],
-    query_start_loc: Int[Array, "S+1"],
-    seq_lens: Int[Array, "S"],
+    query_start_loc: Int[Array, " S+1"],
+    seq_lens: Int[Array, " S"],
     *,
     max_query_len: int,
     scale: float,
@@ -62,18 +62,28 @@ def paged_attention(
         raise ValueError(f"{max_query_len=} with {T} queries of {S} sequences")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"{sliding_window=} must be positive or None")
-    chosen = dispatch.resolve("paged_attention", implementation, preferred="xla")
-    if chosen == "mosaic_gpu":
-        raise ValueError("paged_attention has no mosaic_gpu implementation yet")
-    return reference.paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_start_loc,
-        seq_lens,
-        max_query_len=max_query_len,
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-    )
+    arrays = (q, k_cache, v_cache, block_tables, query_start_loc, seq_lens)
+    options = {
+        "max_query_len": max_query_len,
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+    }
+    reason = mosaic_gpu_unsupported(*arrays, **options)
+    preferred = "xla" if reason else "mosaic_gpu"
+    chosen = dispatch.resolve("paged_attention", implementation, preferred)
+    if chosen == "xla":
+        return reference.paged_attention(*arrays, **options)
+    if reason:
+        raise ValueError(f"paged_attention: implementation='mosaic_gpu' cannot do this: {reason}")
+    return mosaic_gpu.decode(*arrays, **options)
+
+
+def mosaic_gpu_unsupported(
+    q: Array, k_cache: Array, *_: Array, max_query_len: int, **__
+) -> str | None:
+    """Return why `"mosaic_gpu"` does not take these arguments of `paged_attention`, or `None`.
+
+    With `implementation=None` such calls go to `"xla"`. Only shapes and dtypes are looked at.
+    """
+    return mosaic_gpu.unsupported(q, k_cache, max_query_len=max_query_len)

@@ -1,0 +1,369 @@
+"""One step's work: `ScheduledBatch` on the host, `ForwardBatch` on the device, `Bucket` its shape.
+
+Vocabulary. The host packs everything a step needs into one int32 array, because each argument of a
+program costs host time; the program unpacks it by static offsets.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from arctic_jax.request import Request
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """A part of a request's tokens, computed in one step.
+
+    Attributes:
+        request: whose.
+        start: position of the first token.
+        num_tokens: how many.
+        num_rows: the last so many of them have a row of logits.
+        samples: the last known token is among them, so that a new one is drawn.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    num_rows: int
+    samples: bool
+
+    @staticmethod
+    def plan(
+        request: Request, start: int, max_tokens: int, max_prompt_rows: int
+    ) -> ScheduledRequest:
+        """Take as many tokens from `start` on as the limits allow; perhaps none."""
+        end = min(start + max_tokens, request.num_tokens)
+        samples = end == request.num_tokens
+        first_row = end - samples
+        if request.wants_prompt_rows:  # those that are not known from before a preemption
+            first_row = max(start, min(len(request.prompt_logprobs) - 1, end))
+            if end - first_row > max_prompt_rows:
+                end, samples = first_row + max_prompt_rows, False
+        return ScheduledRequest(request, start, end - start, end - first_row, samples)
+
+    @property
+    def end(self) -> int:
+        """Tokens in the cache after the step."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """What the scheduler chose for one step, in the order of the batch."""
+
+    requests: tuple[ScheduledRequest, ...]
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return sum(r.num_tokens for r in self.requests)
+
+    @functools.cached_property
+    def num_rows(self) -> int:
+        """Rows of logits of the step."""
+        return sum(r.num_rows for r in self.requests)
+
+    @functools.cached_property
+    def max_query_len(self) -> int:
+        """Most tokens of one request."""
+        return max(r.num_tokens for r in self.requests)
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The static shape of a step. Only these shapes are compiled.
+
+    Attributes:
+        num_tokens: T, tokens of the step.
+        num_rows: R, rows of logits.
+        num_seqs: S, sequences.
+        max_query_len: most tokens of one sequence; 1 for a decode step, where T == S == R.
+    """
+
+    num_tokens: int
+    num_rows: int
+    num_seqs: int
+    max_query_len: int
+
+    def fits(self, batch: ScheduledBatch) -> bool:
+        """Whether the batch can be padded to this shape."""
+        return (
+            batch.num_tokens <= self.num_tokens
+            and batch.num_rows <= self.num_rows
+            and len(batch.requests) <= self.num_seqs
+            and batch.max_query_len <= self.max_query_len
+        )
+
+    @staticmethod
+    def fit(batch: ScheduledBatch, buckets: Iterable[Bucket]) -> Bucket:
+        """Return the smallest of the sorted `buckets` that fits.
+
+        Raises:
+            ValueError: none fits; the scheduler's limits and the ladder disagree.
+        """
+        for bucket in buckets:
+            if bucket.fits(batch):
+                return bucket
+        raise ValueError(
+            f"no bucket for {batch.num_tokens} tokens, {batch.num_rows} rows, "
+            f"{len(batch.requests)} sequences of at most {batch.max_query_len}"
+        )
+
+
+def bucket_ladder(
+    max_num_seqs: int, max_num_batched_tokens: int, max_prompt_rows: int, multiple: int
+) -> tuple[Bucket, ...]:
+    """Return the sorted shapes that are compiled.
+
+    Decode steps come in powers of two of sequences, mixed steps in powers of two of tokens, and two
+    shapes have a row of logits for many tokens (prompt log-probabilities).
+
+    Args:
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: tokens of the largest step.
+        max_prompt_rows: rows for prompt log-probabilities, beside one for each sequence.
+        multiple: token counts are multiples of this (devices that share the tokens).
+    """
+
+    def up(n: int) -> int:
+        return -(-n // multiple) * multiple
+
+    decode = {up(n) for n in _powers(1, max_num_seqs)}
+    mixed = {up(n) for n in _powers(min(32, max_num_batched_tokens), max_num_batched_tokens)}
+    seqs = max(decode)
+    ladder = {Bucket(n, n, n, 1) for n in decode}
+    ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
+    ladder |= {
+        Bucket(n, max_prompt_rows + seqs, seqs, n) for n in (up(max_prompt_rows), max(mixed))
+    }
+    return tuple(sorted(ladder))
+
+
+def _powers(lowest: int, highest: int) -> list[int]:
+    """Return `lowest`, then doubled while it is below `highest`, then `highest`."""
+    ladder = []
+    n = lowest
+    while n < highest:
+        ladder.append(n)
+        n *= 2
+    return [*ladder, highest]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "token_ids",
+        "positions",
+        "slot_mapping",
+        "query_start_loc",
+        "seq_lens",
+        "block_tables",
+        "logit_rows",
+        "row_seq",
+        "row_target",
+        "row_step",
+        "state_row",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "seed",
+        "want_logprobs",
+    ],
+    meta_fields=["max_query_len"],
+)
+@dataclass(frozen=True)
+class ForwardBatch:
+    """The device's view of a step. T tokens, S sequences, R rows of logits, B blocks a sequence.
+
+    Attributes:
+        token_ids: `[T]`; padding is token 0.
+        positions: `[T]` of each token in its sequence.
+        slot_mapping: `[T]` where its key and value go; -1 for padding.
+        query_start_loc: `[S+1]`; empty slots repeat the end.
+        seq_lens: `[S]` tokens in the cache after the writes; 0 for an empty slot.
+        block_tables: `[S, B]`.
+        logit_rows: `[R]` tokens whose logits are wanted.
+        row_seq: `[R]` the sequence of each row.
+        row_target: `[R]` the token whose log-probability is reported; -1 for the one drawn.
+            Padding has target 0, so that its draws count for nobody.
+        row_step: `[R]` how many tokens were drawn before: with `seed` it makes the random key.
+        state_row: `[S]` row of the sampler's state, or -1 if logits are not adjusted.
+        temperature: `[S]`, and so on for the other sampling parameters.
+        seed: `[S, 2]` words of a 64-bit seed.
+        want_logprobs: `[]`, whether any row reports log-probabilities.
+        max_query_len: see `Bucket`.
+    """
+
+    token_ids: Array
+    positions: Array
+    slot_mapping: Array
+    query_start_loc: Array
+    seq_lens: Array
+    block_tables: Array
+    logit_rows: Array
+    row_seq: Array
+    row_target: Array
+    row_step: Array
+    state_row: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    repetition_penalty: Array
+    seed: Array
+    want_logprobs: Array
+    max_query_len: int
+
+
+# Words between the beginnings of packed fields: a kernel may get a field as a piece of the packed
+# array, without a copy, and wants it aligned to 256 bytes.
+_ALIGNMENT = 64
+_FLOATS = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    }
+)
+
+
+def _shapes(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
+    T, R, S = bucket.num_tokens, bucket.num_rows, bucket.num_seqs
+    special = {"query_start_loc": (S + 1,), "block_tables": (S, max_blocks), "seed": (S, 2)}
+    special["want_logprobs"] = ()
+    shapes = {}
+    for f in fields(ForwardBatch):
+        if f.name in ("token_ids", "positions", "slot_mapping"):
+            shapes[f.name] = (T,)
+        elif f.name == "logit_rows" or f.name.startswith("row_"):
+            shapes[f.name] = (R,)
+        elif f.name != "max_query_len":
+            shapes[f.name] = special.get(f.name, (S,))
+    return shapes
+
+
+def _layout(bucket: Bucket, max_blocks: int) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+    """Return each field's offset and shape, and the size of the whole, in int32 words."""
+    offsets, size = {}, 0
+    for name, shape in _shapes(bucket, max_blocks).items():
+        offsets[name] = (size, shape)
+        size += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return offsets, size
+
+
+def packed_size(bucket: Bucket, max_blocks: int) -> int:
+    """Int32 words of a packed batch."""
+    return _layout(bucket, max_blocks)[1]
+
+
+def host_views(
+    packed: np.ndarray[tuple[int], np.dtype[np.int32]], bucket: Bucket, max_blocks: int
+) -> dict[str, np.ndarray]:
+    """Views into a packed host array, one a field, of the field's shape and type."""
+    views = {}
+    for name, (start, shape) in _layout(bucket, max_blocks)[0].items():
+        view = packed[start : start + math.prod(shape)].reshape(shape)
+        views[name] = view.view(np.float32) if name in _FLOATS else view
+    return views
+
+
+def unpack(packed: Array, bucket: Bucket, max_blocks: int) -> ForwardBatch:
+    """Rebuild the batch inside the program."""
+    values = {}
+    for name, (start, shape) in _layout(bucket, max_blocks)[0].items():
+        value = packed[start : start + math.prod(shape)].reshape(shape)
+        values[name] = lax.bitcast_convert_type(value, jnp.float32) if name in _FLOATS else value
+    return ForwardBatch(**values, max_query_len=bucket.max_query_len)
+
+
+def narrow(x: Array, batch: ForwardBatch) -> Array:
+    """Keep the rows of `x [T, d]` that need logits: `[R, d]`."""
+    return x[batch.logit_rows]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "token_ids",
+        "finite",
+        "logprob",
+        "rank",
+        "top_token_ids",
+        "top_logprobs",
+    ],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gives back, a row of logits each.
+
+    Attributes:
+        token_ids: `[R]` the tokens drawn.
+        finite: `[R]` whether the logits were finite numbers.
+        logprob: `[R]` of the row's target (see `ForwardBatch.row_target`); 0 if none was wanted.
+        rank: `[R]` of the target, 1 for the most likely token.
+        top_token_ids: `[R, L]` the most likely tokens.
+        top_logprobs: `[R, L]`.
+    """
+
+    token_ids: Array
+    finite: Array
+    logprob: Array
+    rank: Array
+    top_token_ids: Array
+    top_logprobs: Array
+
+    def pack(self) -> Array:
+        """Put everything into one int32 array `[R, 4 + 2L]`: each array read costs host time."""
+        floats = [self.logprob[:, None], self.top_logprobs]
+        ints = [self.token_ids[:, None], self.finite[:, None], self.rank[:, None]]
+        words = [lax.bitcast_convert_type(x, jnp.int32) for x in floats]
+        return jnp.concatenate(
+            [*(x.astype(jnp.int32) for x in ints), self.top_token_ids, *words], 1
+        )
+
+
+@dataclass(frozen=True)
+class HostOutput:
+    """A `StepOutput` on the host, without the rows that were padding; the same names."""
+
+    token_ids: np.ndarray
+    finite: np.ndarray
+    rank: np.ndarray
+    top_token_ids: np.ndarray
+    logprob: np.ndarray
+    top_logprobs: np.ndarray
+
+    @staticmethod
+    def unpack(packed: np.ndarray, rows: int) -> HostOutput:
+        """Take `StepOutput.pack` apart."""
+        packed = packed[:rows]
+        most = (packed.shape[1] - 4) // 2
+        floats = np.ascontiguousarray(packed[:, 3 + most :]).view(np.float32)
+        return HostOutput(
+            token_ids=packed[:, 0],
+            finite=packed[:, 1] > 0,
+            rank=packed[:, 2],
+            top_token_ids=packed[:, 3 : 3 + most],
+            logprob=floats[:, 0],
+            top_logprobs=floats[:, 1:],
+        )

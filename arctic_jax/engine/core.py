@@ -1,0 +1,221 @@
+"""The engine: requests in, steps, outputs out. Everything here belongs to one thread.
+
+`EngineCore.step` is the architecture: schedule, run, accept, release.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+
+from arctic_jax import hub
+from arctic_jax.config import EngineConfig
+from arctic_jax.engine.block_pool import BlockPool
+from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
+from arctic_jax.engine.runner import ModelRunner
+from arctic_jax.engine.scheduler import Scheduler
+from arctic_jax.errors import InvalidRequestError
+from arctic_jax.model_files import ModelFiles, open_model
+from arctic_jax.models.registry import model_class
+from arctic_jax.progress import Report, silent
+from arctic_jax.request import Request, RequestOutput, RequestStatus, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """One model on its devices, serving many requests.
+
+    Args:
+        config: what the user set.
+        report: told how far downloading, loading and compiling are.
+        files: an opened model, for those who have one; else `config.load.model` is resolved.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, CheckpointError: see `arctic_jax.errors`.
+        ValueError: the options do not fit the model or the hardware.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        report: Report = silent,
+        files: ModelFiles | None = None,
+    ) -> None:
+        _prepare_jax(config)
+        config = config.for_backend(jax.default_backend())
+        self.config = config
+        self.files = files or open_model(config.load, report)
+        cls = model_class(self.files.config)
+        model_config = cls.config_from_hf(self.files.config)
+        self.runner = ModelRunner(config, cls, model_config, self.files.checkpoint, report)
+        self.tokenizer = self.files.tokenizer
+        self.max_model_len = self.runner.max_model_len
+        self.scheduler = Scheduler(
+            BlockPool(
+                self.runner.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching
+            ),
+            self.runner.max_num_seqs,
+            config.scheduler.max_num_batched_tokens or 1,
+            self.runner.max_prompt_rows,
+            by_priority=config.scheduler.scheduling_policy == "priority",
+        )
+        self.outputs = OutputProcessor(self.tokenizer, self.max_model_len)
+        self._groups: dict[str, RequestGroup] = {}
+        self._group_of: dict[Request, RequestGroup] = {}
+        self._num_requests = 0
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: the prompt or a parameter does not fit the model, or the id is in
+                use; nothing was queued.
+        """
+        if request_id in self._groups:
+            raise InvalidRequestError(f"request_id {request_id!r} is already in use", "request_id")
+        ids = [int(token) for token in prompt_token_ids]
+        self._check(ids, params)
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidRequestError(f"priority must be an integer, got {priority!r}", "priority")
+        if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+            raise InvalidRequestError(
+                f"cache_salt must be a non-empty string, got {cache_salt!r:.100}", "cache_salt"
+            )
+        room = self.max_model_len - len(ids)
+        bad_words = tuple(word for w in params.bad_words or () for word in self._spellings(w))
+        members = []
+        for index in range(params.n):
+            self._num_requests += 1
+            seed = self._default_seed() if params.seed is None else int(params.seed)
+            request = Request(
+                request_id=request_id,
+                index=index,
+                prompt_token_ids=ids,
+                params=params,
+                max_tokens=min(params.max_tokens or room, room),
+                eos_token_ids=self.files.eos_token_ids,
+                seed=(seed + index + 2**63) % 2**64 - 2**63,
+                priority=priority,
+                cache_salt=cache_salt,
+                bad_words_ids=bad_words,
+            )
+            members.append(request)
+        group = RequestGroup(request_id, prompt, members)
+        self.outputs.open(group)
+        self._groups[request_id] = group
+        for member in members:
+            self._group_of[member] = group
+            self.scheduler.add(member)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; return the requests in which something changed."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled.requests:
+            return []
+        output = self.runner.run(scheduled)
+        ended = self.outputs.accept(scheduled, output, self._group_of)
+        changed = {
+            self._group_of[part.request]: None for part in scheduled.requests if part.samples
+        }
+        for request, status in ended:
+            changed[self._group_of[request]] = None
+            self._finish(request, status)
+        return [self._output(group) for group in changed]
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; return its last state, or `None` if there is no such request."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        for member in group.members:
+            if not member.status.finished:
+                self._finish(member, RequestStatus.ABORTED)
+        return self._output(group)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether there is anything to do."""
+        return self.scheduler.has_requests
+
+    def check(self) -> None:
+        """Check that no block is leaked.
+
+        Raises:
+            RuntimeError: see `BlockPool.check`.
+        """
+        self.scheduler.pool.check(self.scheduler.held_blocks())
+
+    def default_sampling_params(self) -> SamplingParams:
+        """Return the model's own defaults, from its `generation_config.json`."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+        given = {n: v for n in names if (v := self.files.generation_config.get(n)) is not None}
+        if "max_new_tokens" in given:
+            given["max_tokens"] = given.pop("max_new_tokens")
+        if self.files.generation_config.get("do_sample") is False:
+            given["temperature"] = 0.0
+        return replace(SamplingParams(), **given)
+
+    def _finish(self, request: Request, status: RequestStatus) -> None:
+        self.scheduler.finish(request, status)
+        self.runner.forget(request)
+        del self._group_of[request]
+
+    def _output(self, group: RequestGroup) -> RequestOutput:
+        if group.finished:
+            self._groups.pop(group.request_id, None)
+        return self.outputs.output(group)
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        vocab_size = self.runner.model_config.vocab_size
+        if not ids:
+            raise InvalidRequestError("the prompt must not be empty", "prompt")
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise InvalidRequestError(
+                f"token id {wrong} is not in the vocabulary of {vocab_size}", "prompt"
+            )
+        if len(ids) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, "
+                f"your prompt contains {len(ids)} input tokens and leaves no room for an output "
+                "token. Please reduce the length of the input prompt.",
+                "input_tokens",
+            )
+        params.check_vocabulary(vocab_size)
+        most = self.config.scheduler.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name) or 0
+            if value > most:
+                raise InvalidRequestError(f"{name} must be at most {most}, got {value}.", name)
+
+    def _default_seed(self) -> int:
+        return self.config.load.seed * 1_000_003 + self._num_requests
+
+    def _spellings(self, word: str) -> list[tuple[int, ...]]:
+        """Token sequences of a bad word, at the start of a text and after a space."""
+        plain = self.tokenizer.encode(word.lstrip(), add_special_tokens=False)
+        spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+        return [tuple(ids) for ids in (plain, spaced) if ids]
+
+
+def _prepare_jax(config: EngineConfig) -> None:
+    """Set what JAX has for the whole process, unless the user has set it."""
+    # Only heeded if no GPU program has run yet in this process; JAX's default is 0.75.
+    share = str(config.cache.gpu_memory_utilization)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

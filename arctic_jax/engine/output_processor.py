@@ -1,0 +1,184 @@
+"""From a step's tokens to what the user sees: texts, log-probabilities, ends. Host only, no jax.
+
+Owned by the engine thread. One `RequestGroup` is what a user asked for; its members are the `n`
+requests that the scheduler knows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
+from arctic_jax.engine.detokenizer import TextStream
+from arctic_jax.request import (
+    CompletionOutput,
+    Logprob,
+    PositionLogprobs,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    RequestStatus,
+)
+from arctic_jax.tokenizer import Tokenizer
+
+
+@dataclass(eq=False)
+class RequestGroup:
+    """The answers to one prompt."""
+
+    request_id: str
+    prompt: str | None
+    members: list[Request]
+    streams: dict[Request, TextStream] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all answers have ended."""
+        return all(member.status.finished for member in self.members)
+
+
+class OutputProcessor:
+    """Takes each step's output onto its requests and makes `RequestOutput`s."""
+
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+
+    def open(self, group: RequestGroup) -> None:
+        """Start the texts of a new group."""
+        for member in group.members:
+            params = member.params
+            if params.detokenize:
+                group.streams[member] = TextStream(
+                    self.tokenizer.backend,
+                    params.stop_strings,
+                    params.include_stop_str_in_output,
+                    params.skip_special_tokens,
+                )
+
+    def accept(
+        self, scheduled: ScheduledBatch, output: HostOutput, groups: dict[Request, RequestGroup]
+    ) -> list[tuple[Request, RequestStatus]]:
+        """Take a step's rows onto its requests; return those that end, and how.
+
+        What goes wrong with one request ends that one as `FAILED`.
+        """
+        ended = []
+        row = 0
+        for part in scheduled.requests:
+            rows = range(row, row + part.num_rows)
+            row += part.num_rows
+            try:
+                status = self._accept_rows(part, rows, output, groups[part.request])
+            except Exception as error:  # one request must not take the others with it
+                part.request.error = f"{type(error).__name__}: {error}"
+                status = RequestStatus.FAILED
+            if status is not None:
+                ended.append((part.request, status))
+        return ended
+
+    def _accept_rows(
+        self, part: ScheduledRequest, rows: range, output: HostOutput, group: RequestGroup
+    ) -> RequestStatus | None:
+        request = part.request
+        for row in rows:
+            if not output.finite[row]:
+                position = part.end - (rows.stop - row)
+                request.error = (
+                    f"the logits at position {position} are not finite numbers, or the request's "
+                    "parameters allow no token there"
+                )
+                return RequestStatus.FAILED
+        prompt_rows = rows[: len(rows) - part.samples]
+        if request.wants_prompt_rows:
+            first = part.end - len(rows) + 1
+            for i, row in enumerate(prompt_rows):
+                token = request.prompt_token_ids[first + i]
+                wanted = request.params.prompt_logprobs or 0
+                request.prompt_logprobs.append(self._logprobs(output, row, token, wanted))
+        if not part.samples:
+            return None
+        return self._take_token(request, rows[-1], output, group)
+
+    def _take_token(
+        self, request: Request, row: int, output: HostOutput, group: RequestGroup
+    ) -> RequestStatus | None:
+        """Append a row's token; return how the request ends, if it does."""
+        params, token = request.params, int(output.token_ids[row])
+        now = time.monotonic()
+        request.first_token_time = request.first_token_time or now
+        request.last_token_time = now
+        request.append(token)
+        if params.logprobs is not None:
+            request.cumulative_logprob += float(output.logprob[row])
+            alternatives = self._logprobs(output, row, token, params.logprobs)
+            request.output_logprobs.append(alternatives)
+
+        may_stop = len(request.output_token_ids) >= params.min_tokens
+        status = None
+        if may_stop and token in request.eos_token_ids and not params.ignore_eos:
+            status = RequestStatus.STOPPED
+        elif may_stop and token in (params.stop_token_ids or ()):
+            status, request.stop_reason = RequestStatus.STOPPED, token
+        stream = group.streams.get(request)
+        if stream is not None and (status is None or params.include_stop_str_in_output):
+            stop = stream.push(token, may_stop and status is None)
+            if stop is not None:
+                status, request.stop_reason = RequestStatus.STOPPED, stop
+        full = request.num_tokens >= self.max_model_len
+        if status is None and (full or len(request.output_token_ids) >= request.max_tokens):
+            status = RequestStatus.LENGTH
+        return status
+
+    def _logprobs(self, output: HostOutput, row: int, token: int, wanted: int) -> PositionLogprobs:
+        """Log-probabilities of one position: the `wanted` likeliest tokens, and `token`."""
+        ids = [int(i) for i in output.top_token_ids[row][:wanted]]
+        values = output.top_logprobs[row][:wanted]
+        entries = {
+            i: (float(v), rank + 1) for rank, (i, v) in enumerate(zip(ids, values, strict=True))
+        }
+        entries = {token: (float(output.logprob[row]), int(output.rank[row]))} | entries
+        return {
+            i: Logprob(value, rank, self.tokenizer.decode([i], skip_special_tokens=False))
+            for i, (value, rank) in entries.items()
+        }
+
+    def output(self, group: RequestGroup) -> RequestOutput:
+        """Make the picture of a group that its user gets."""
+        first = group.members[0]
+        wanted = first.params.prompt_logprobs is not None
+        return RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=[self._completion(member, group) for member in group.members],
+            finished=group.finished,
+            prompt_logprobs=list(first.prompt_logprobs) if wanted else None,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=RequestMetrics(
+                arrival_time=first.arrival_time,
+                first_scheduled_time=first.first_scheduled_time,
+                first_token_time=first.first_token_time,
+                last_token_time=first.last_token_time,
+                finished_time=time.monotonic() if group.finished else None,
+                num_preemptions=sum(m.num_preemptions for m in group.members),
+            ),
+        )
+
+    def _completion(self, request: Request, group: RequestGroup) -> CompletionOutput:
+        stream = group.streams.get(request)
+        wanted = request.params.logprobs is not None
+        text = "" if stream is None else stream.visible
+        if stream is not None and request.status.finished:
+            text = stream.text
+        return CompletionOutput(
+            index=request.index,
+            text=text,
+            token_ids=list(request.output_token_ids),
+            cumulative_logprob=request.cumulative_logprob if wanted else None,
+            logprobs=list(request.output_logprobs) if wanted else None,
+            finish_reason=request.status.value if request.status.finished else None,
+            stop_reason=request.stop_reason,
+            error=request.error,
+        )

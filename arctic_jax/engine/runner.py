@@ -1,0 +1,285 @@
+"""The model on its devices: weights, cache, programs, and one step at a time.
+
+Owned by the engine thread. `ModelRunner.run` packs a `ScheduledBatch` into the bucket that fits,
+runs the program and brings the results to the host.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from arctic_jax import weights
+from arctic_jax.batch import (
+    Bucket,
+    HostOutput,
+    ScheduledBatch,
+    bucket_ladder,
+    host_views,
+    packed_size,
+)
+from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig
+from arctic_jax.engine.programs import ProgramCache
+from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
+from arctic_jax.kv_cache import KVCacheSpec
+from arctic_jax.models.layers import named_parameters
+from arctic_jax.models.llama import LlamaForCausalLM
+from arctic_jax.progress import Report, counted
+from arctic_jax.request import Request
+from arctic_jax.shift_parallel import make_mesh, shift, ulysses
+from arctic_jax.weights import Checkpoint, ParameterSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_PROMPT_ROWS = 256
+
+
+class ModelRunner:
+    """Loads a model and runs its steps.
+
+    Args:
+        config: with the backend's defaults filled in.
+        model_class: from the registry.
+        model_config: the model's numbers.
+        checkpoint: where weights come from; `None` for random ones.
+        report: told how far loading and compiling are.
+        devices: those to use; `None` for the first ones.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_class: type[LlamaForCausalLM],
+        model_config: ModelConfig,
+        checkpoint: Checkpoint | None,
+        report: Report,
+        devices: Sequence[Any] | None = None,
+    ) -> None:
+        parallel = config.parallel
+        tp, sp = parallel.tensor_parallel_size, parallel.ulysses_sequence_parallel_size
+        self.model_config = model_config
+        self.mesh = make_mesh(tp, sp, devices)
+        self.layout = ulysses(tp, sp) if sp > 1 else shift(tp, sp)
+        self.max_num_seqs = config.scheduler.max_num_seqs or 1
+        max_tokens = config.scheduler.max_num_batched_tokens or 1
+        self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens)
+        self.buckets = bucket_ladder(self.max_num_seqs, max_tokens, self.max_prompt_rows, sp)
+
+        self.dtype = _compute_dtype(config.load.dtype, model_config)
+        num_devices = parallel.num_devices
+        implementation = config.load.implementation
+        model = nnx.eval_shape(lambda: model_class(model_config, num_devices, implementation))
+        self.leaves, partitions, model = self._load(model, config, checkpoint, report)
+
+        self.cache_spec = KVCacheSpec(
+            num_layers=model_config.num_hidden_layers,
+            num_kv_heads=model.num_kv_groups,
+            head_dim=model_config.head_dim,
+            block_size=config.cache.block_size,
+            dtype=self.dtype,
+            partition=PartitionSpec(None, self.layout.devices or None),
+        )
+        self.max_model_len = config.load.max_model_len or model_config.max_position_embeddings
+        self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
+        self.programs = ProgramCache(
+            model,
+            {self.layout: partitions},
+            self.mesh,
+            self.cache_spec,
+            self.max_blocks_per_seq,
+            self.max_num_seqs,
+            config.scheduler.max_logprobs,
+        )
+        self.num_blocks = config.cache.num_blocks or self._blocks_that_fit(config.cache)
+        if self.num_blocks < self.max_blocks_per_seq:
+            room = self.num_blocks * config.cache.block_size
+            raise ValueError(
+                f"max_model_len={self.max_model_len} needs {self.max_blocks_per_seq} blocks of "
+                f"the cache, there is room for {self.num_blocks} ({room} tokens); set a smaller "
+                "max_model_len or give the cache more memory"
+            )
+        self._compile(report)
+        self.cache = self.cache_spec.allocate(self.num_blocks, self.mesh)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.state = jax.device_put(
+            SamplerState.zeros(self.max_num_seqs, model_config.vocab_size), replicated
+        )
+        self._rows = _SamplerRows(model_config.vocab_size)
+
+    def run(self, scheduled: ScheduledBatch) -> HostOutput:
+        """Compute a step and wait for its results."""
+        for part in scheduled.requests:
+            row = self._rows.changed(part.request) if part.samples else None
+            if row is not None:
+                self.state = self.programs.set_row(self.state, part.request.slot, *row)
+        bucket = Bucket.fit(scheduled, self.buckets)
+        packed = self._pack(scheduled, bucket)
+        self.cache, self.state, output = self.programs.run(
+            self.layout, bucket, self.leaves, self.cache, self.state, packed
+        )
+        return HostOutput.unpack(np.asarray(output), scheduled.num_rows)
+
+    def forget(self, request: Request) -> None:
+        """Drop what is remembered of an ended request."""
+        self._rows.forget(request)
+
+    def _load(
+        self,
+        model: LlamaForCausalLM,
+        config: EngineConfig,
+        checkpoint: Checkpoint | None,
+        report: Report,
+    ) -> tuple[tuple[jax.Array, ...], tuple[PartitionSpec, ...], LlamaForCausalLM]:
+        """Place the weights; return them as a flat tuple, and the module with their dtypes."""
+        parameters = {
+            path: ParameterSpec(
+                variable.shape, self.dtype, self.layout.partition(variable.get_metadata("axis"))
+            )
+            for path, variable in named_parameters(model).items()
+        }
+        advance = counted(report, "Loading weights", len(parameters))
+        if checkpoint is None:
+            placed = weights.random(parameters, self.mesh, config.load.seed, advance)
+        else:
+            sources = model.weight_sources()
+            placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
+        partitions = tuple(spec.partition for spec in parameters.values())
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
+        return tuple(placed[path] for path in parameters), partitions, abstract
+
+    def _compile(self, report: Report) -> None:
+        advance = counted(report, "Compiling step programs", len(self.buckets))
+        self.programs.compile_all((self.layout,), self.buckets, self.num_blocks, advance)
+
+    def _blocks_that_fit(self, cache: CacheConfig) -> int:
+        """Size the cache: a share of the memory, on a GPU what weights and programs leave."""
+        most = self.max_num_seqs * self.max_blocks_per_seq
+        per_device = self.cache_spec.bytes_per_block // self.mesh.size
+        device = self.mesh.devices.flat[0]
+        stats = device.memory_stats() if device.platform == "gpu" else None
+        if stats is None:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            budget = int(memory * cache.cpu_memory_share)
+            return min(most, budget // self.cache_spec.bytes_per_block)
+        largest = self.buckets[-1]
+        workspace = self.programs.workspace_bytes(self.layout, largest, self.max_blocks_per_seq)
+        workspace -= self.max_blocks_per_seq * per_device  # the cache itself is among the outputs
+        budget = int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) - int(1.2 * workspace)
+        return min(most, budget // per_device)
+
+    def _pack(self, scheduled: ScheduledBatch, bucket: Bucket) -> np.ndarray:
+        """Write a step into one array, in the bucket's shape."""
+        size = self.cache_spec.block_size
+        packed = np.zeros(packed_size(bucket, self.max_blocks_per_seq), np.int32)
+        views = host_views(packed, bucket, self.max_blocks_per_seq)
+        views["slot_mapping"][:] = -1
+        views["row_target"][:] = 0  # padding's; those of requests follow
+        views["state_row"][:] = -1
+        token = row = 0
+        want_logprobs = False
+        for s, part in enumerate(scheduled.requests):
+            request, params = part.request, part.request.params
+            tokens = slice(token, token + part.num_tokens)
+            positions = np.arange(part.start, part.end, dtype=np.int32)
+            blocks = np.asarray(request.block_ids, np.int32)
+            views["token_ids"][tokens] = request.token_ids[part.start : part.end]
+            views["positions"][tokens] = positions
+            views["slot_mapping"][tokens] = blocks[positions // size] * size + positions % size
+            views["query_start_loc"][s] = token
+            views["seq_lens"][s] = part.end
+            views["block_tables"][s, : len(blocks)] = blocks
+            token += part.num_tokens
+            if part.num_rows:
+                rows = slice(row, row + part.num_rows)
+                first = part.end - part.num_rows
+                views["logit_rows"][rows] = np.arange(token - part.num_rows, token)
+                views["row_seq"][rows] = s
+                views["row_step"][rows] = len(request.output_token_ids)
+                # Rows before the last known token predict a token of the prompt.
+                targets = request.token_ids[first + 1 : part.end + 1]
+                views["row_target"][rows] = [*targets, -1] if part.samples else targets
+                row += part.num_rows
+                want_logprobs |= params.logprobs is not None or request.wants_prompt_rows
+            if params.adjusts_logits:
+                views["state_row"][s] = request.slot
+            views["temperature"][s] = params.temperature
+            views["top_k"][s] = min(max(params.top_k, 0), self.model_config.vocab_size)
+            views["top_p"][s] = params.top_p
+            views["min_p"][s] = params.min_p
+            views["presence_penalty"][s] = params.presence_penalty
+            views["frequency_penalty"][s] = params.frequency_penalty
+            views["repetition_penalty"][s] = params.repetition_penalty
+            views["seed"][s] = np.array([request.seed], np.int64).view(np.int32)
+        views["query_start_loc"][len(scheduled.requests) :] = token
+        views["top_p"][len(scheduled.requests) :] = 1.0
+        views["want_logprobs"][...] = want_logprobs
+        return packed
+
+
+class _SamplerRows:
+    """The host's side of `SamplerState`: what each row should hold, and whether it does."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._held: dict[Request, tuple[int, int, frozenset[int]]] = {}
+
+    def changed(self, request: Request) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return `seen` and `bias` if the device's row is not what the request needs now."""
+        if not request.params.adjusts_logits:
+            return None
+        banned = self._banned(request)
+        # After a preemption the row is another, or has been used by another request.
+        key = (request.slot, request.num_preemptions, banned)
+        if self._held.get(request) == key:
+            return None
+        self._held[request] = key
+        seen = np.zeros(self.vocab_size, np.int32)
+        np.add.at(seen, request.output_token_ids, 1)
+        seen[request.prompt_token_ids] |= IN_PROMPT
+        return seen, self._bias(request, banned)
+
+    def forget(self, request: Request) -> None:
+        """Drop an ended request."""
+        self._held.pop(request, None)
+
+    def _banned(self, request: Request) -> frozenset[int]:
+        """Tokens that must not come next: ends before `min_tokens`, and ends of bad words."""
+        params, output = request.params, request.output_token_ids
+        banned: set[int] = set()
+        if len(output) < params.min_tokens:
+            banned |= request.eos_token_ids | set(params.stop_token_ids or ())
+        for word in request.bad_words_ids:
+            length = len(word) - 1
+            if length == 0 or tuple(output[-length:]) == word[:-1]:
+                banned.add(word[-1])
+        # A tokenizer, or a list of end-of-sequence tokens, may know more ids than the model has.
+        return frozenset(token for token in banned if 0 <= token < self.vocab_size)
+
+    def _bias(self, request: Request, banned: frozenset[int]) -> np.ndarray:
+        params = request.params
+        bias = np.zeros(self.vocab_size, np.float32)
+        if params.allowed_token_ids is not None:
+            bias[:] = -np.inf
+            bias[list(params.allowed_token_ids)] = 0
+        for token, value in (params.logit_bias or {}).items():
+            bias[token] += value
+        bias[list(banned)] = -np.inf
+        return bias
+
+
+def _compute_dtype(dtype: str, model_config: ModelConfig) -> jnp.dtype:
+    """Resolve "auto": XLA's bfloat16 is slow on CPUs, and GPUs are made for it."""
+    if dtype == "auto" and jax.default_backend() == "cpu":
+        dtype = "float32"
+    elif dtype == "auto":
+        stored = model_config.checkpoint_dtype
+        dtype = "bfloat16" if stored == "float32" else stored
+    return jnp.dtype(dtype)

@@ -1,0 +1,191 @@
+"""Which tokens of which requests the next step computes. Host only, no jax.
+
+Owned by the engine thread. There are no phases: a request has computed some of its tokens and
+catches up, a prompt in chunks, a running answer by one token, one that was preempted from the
+start. Running requests come first, then waiting ones, under one budget of tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+
+from arctic_jax.batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.engine.block_pool import BlockPool
+from arctic_jax.request import Request, RequestStatus
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, prefix caching and preemption by recomputing.
+
+    Args:
+        pool: the cache's blocks.
+        max_num_seqs: requests that run at once.
+        max_num_batched_tokens: tokens of one step.
+        max_prompt_rows: rows of logits for prompt log-probabilities of one step.
+        by_priority: lower `Request.priority` goes first; else first come, first served.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_prompt_rows: int,
+        by_priority: bool = False,
+    ) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_prompt_rows = max_prompt_rows
+        self.by_priority = by_priority
+        # Both in the order in which requests are served; victims are taken from the end.
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self._order: dict[Request, tuple[int, int]] = {}
+        self._arrivals = 0
+        self._free_slots = list(range(max_num_seqs))[::-1]
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        self._order[request] = (request.priority if self.by_priority else 0, self._arrivals)
+        self._arrivals += 1
+        self._enqueue(self.waiting, request)
+
+    def finish(self, request: Request, status: RequestStatus) -> None:
+        """End a request, wherever it is, and give its blocks back. A second end is ignored."""
+        if request.status.finished:
+            return
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        if status is RequestStatus.FAILED:  # what it wrote may be damaged
+            for block in request.block_ids[request.num_cached_tokens // self.pool.block_size :]:
+                self.pool.forget(block)
+        self._release(request)
+        del self._order[request]
+        request.status = status
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.running or self.waiting)
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next step's tokens and allocate their blocks; empty if there are none."""
+        chosen: list[ScheduledRequest] = []
+        tokens, rows = self.max_num_batched_tokens, self.max_prompt_rows
+        preempted = False
+
+        i = 0
+        while i < len(self.running) and tokens:
+            request = self.running[i]
+            part = ScheduledRequest.plan(request, request.num_computed_tokens, tokens, rows)
+            if part.num_tokens < 1:  # no rows left for its prompt log-probabilities
+                i += 1
+                continue
+            while not self._extend(request, part.end):
+                preempted = True
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is request:
+                    break
+            else:
+                self._choose(part, chosen)
+                tokens -= part.num_tokens
+                rows -= part.num_rows if request.wants_prompt_rows else 0
+                i += 1
+
+        # After a preemption memory is short: taking somebody new in would only preempt again.
+        while self.waiting and tokens and not preempted and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            self._attach_prefix(request)
+            part = ScheduledRequest.plan(request, request.num_computed_tokens, tokens, rows)
+            if part.num_tokens < 1 or not self._extend(request, part.end):
+                self._detach(request)
+                break
+            self.waiting.pop(0)
+            self._start(request)
+            self._choose(part, chosen)
+            tokens -= part.num_tokens
+            rows -= part.num_rows if request.wants_prompt_rows else 0
+
+        return ScheduledBatch(tuple(chosen))
+
+    def held_blocks(self) -> list[list[int]]:
+        """Blocks of every request in the engine, for `BlockPool.check`."""
+        return [request.block_ids for request in self._order]
+
+    def _extend(self, request: Request, num_tokens: int) -> bool:
+        """Give a request the blocks for its first `num_tokens` tokens; all of them or none."""
+        needed = -(-num_tokens // self.pool.block_size) - len(request.block_ids)
+        if needed > 0:
+            blocks = self.pool.allocate(needed)
+            if blocks is None:
+                return False
+            request.block_ids.extend(blocks)
+        return True
+
+    def _attach_prefix(self, request: Request) -> None:
+        """Take over the cached blocks of the request's beginning.
+
+        The last token is always computed: its logits are wanted. Prompt log-probabilities want
+        the logits of all, so those requests take nothing over.
+        """
+        pool = self.pool
+        if request.wants_prompt_rows or not pool.enable_prefix_caching:
+            return
+        hashes = pool.hashes(request.token_ids, request.block_hashes, request.cache_salt)
+        blocks = pool.find(hashes[: (request.num_tokens - 1) // pool.block_size])
+        pool.share(blocks)
+        request.block_ids = blocks
+        request.num_computed_tokens = len(blocks) * pool.block_size
+        request.num_cached_tokens = request.num_computed_tokens
+
+    def _detach(self, request: Request) -> None:
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        request.num_computed_tokens = request.num_cached_tokens = 0
+
+    def _start(self, request: Request) -> None:
+        request.status = RequestStatus.RUNNING
+        request.slot = self._free_slots.pop()
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = time.monotonic()
+        self._enqueue(self.running, request)
+
+    def _preempt(self, request: Request) -> None:
+        """Send a running request back to wait; it will compute all its tokens again."""
+        self.running.remove(request)
+        self._release(request)
+        request.num_computed_tokens = request.num_cached_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.WAITING
+        self._enqueue(self.waiting, request)
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        if request.slot >= 0:
+            self._free_slots.append(request.slot)
+            request.slot = -1
+
+    def _choose(self, part: ScheduledRequest, chosen: list[ScheduledRequest]) -> None:
+        """Put a part into the step, and make the blocks it fills findable.
+
+        Already before the step runs: within it, each layer writes all keys and values before it
+        reads any, so a request of the same step may share them. A request that was chosen is not
+        preempted any more in this step: victims come from the end of `running`.
+        """
+        chosen.append(part)
+        request, size = part.request, self.pool.block_size
+        hashes = self.pool.hashes(
+            request.token_ids[: part.end], request.block_hashes, request.cache_salt
+        )
+        for i in range(part.start // size, min(part.end // size, len(hashes))):
+            self.pool.publish(request.block_ids[i], hashes[i])
+        request.num_computed_tokens = part.end
+
+    def _enqueue(self, queue: list[Request], request: Request) -> None:
+        bisect.insort(queue, request, key=self._order.__getitem__)

@@ -1,0 +1,191 @@
+"""`LLM`: a model in this process, for scripts and notebooks. Names and defaults are vLLM's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from arctic_jax.config import DEFAULT_MODEL, EngineConfig
+from arctic_jax.engine.core import EngineCore
+from arctic_jax.progress import Report, bars
+from arctic_jax.request import RequestOutput, SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`; each may have `cache_salt`."""
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A language model that generates text from prompts.
+
+    Args:
+        model: a directory, a GGUF file, a hub id, or an alias (`arctic-jax models list`).
+        progress: show bars for downloading, loading and compiling.
+        options: fields of `LoadConfig`, `ParallelConfig`, `CacheConfig` and `SchedulerConfig`.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, CheckpointError: see `arctic_jax.errors`.
+        TypeError, ValueError: an option is unknown or out of range.
+    """
+
+    def __init__(
+        self, model: str = DEFAULT_MODEL, *, progress: bool = True, **options: Any
+    ) -> None:
+        config = EngineConfig.from_keywords(model=str(model), **options)
+        self._progress = progress
+        with bars(progress) as report:
+            self.engine = EngineCore(config, report)
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate an answer to each prompt, in their order.
+
+        Args:
+            prompts: one or many.
+            sampling_params: for all, or one for each; `None` for the model's defaults.
+            use_tqdm: show a progress bar.
+            priority: of each prompt, lower first, with `scheduling_policy="priority"`.
+
+        Raises:
+            InvalidRequestError: a prompt or a parameter is out of range; nothing is generated.
+        """
+        many = _as_list(prompts)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = (
+            [sampling_params] * len(many)
+            if isinstance(sampling_params, SamplingParams)
+            else list(sampling_params)
+        )
+        if len(params) != len(many):
+            raise ValueError(f"{len(params)} sampling_params for {len(many)} prompts")
+        priorities = [0] * len(many) if priority is None else list(priority)
+        if len(priorities) != len(many):
+            raise ValueError(f"{len(priorities)} priorities for {len(many)} prompts")
+        ids: list[str] = []
+        try:
+            for prompt, one, rank in zip(many, params, priorities, strict=True):
+                ids.append(self._add(prompt, one, rank))
+            with bars(use_tqdm and self._progress) as report:
+                return self._run(ids, report)
+        finally:  # Ctrl-C, or a bad prompt among good ones: nothing is left behind
+            for request_id in ids:
+                self.engine.abort(request_id)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, through the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.engine.tokenizer.apply_chat_template(
+                conversation,  # pyright: ignore[reportArgumentType]
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput]:
+        """Answer one prompt, or one conversation; yield the answer's state after each step.
+
+        Closing the generator early aborts the request.
+        """
+        params = sampling_params or self.get_default_sampling_params()
+        if not isinstance(prompt, str | Mapping) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.engine.tokenizer.apply_chat_template(prompt)  # pyright: ignore
+        request_id = self._add(prompt, params, 0)  # pyright: ignore[reportArgumentType]
+        try:
+            finished = False
+            while not finished:
+                for output in self.engine.step():
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield output
+        finally:
+            self.engine.abort(request_id)
+
+    def encode(self, prompts: Prompt | Sequence[Prompt], **_: Any) -> list[Any]:
+        """Refuse: this class of models generates.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self.engine.config.load.model} is not an embedding model")
+
+    embed = encode
+
+    def get_tokenizer(self) -> Any:
+        """Return the model's `transformers` tokenizer."""
+        return self.engine.tokenizer.hf
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the defaults of the model's `generation_config.json`."""
+        return self.engine.default_sampling_params()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the cached prefixes."""
+        self.engine.scheduler.pool.reset_prefix_cache()
+
+    def _add(self, prompt: Prompt, params: SamplingParams, priority: int) -> str:
+        text, token_ids, salt = parse_prompt(prompt, self.engine)
+        request_id = str(next(self._ids))
+        self.engine.add_request(request_id, token_ids, params, text, priority, salt)
+        return request_id
+
+    def _run(self, ids: Sequence[str], report: Report) -> list[RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        wanted = set(ids)
+        while len(done) < len(ids):
+            for output in self.engine.step():
+                if output.finished and output.request_id in wanted:
+                    done[output.request_id] = output
+                    report("Generating", len(done), len(ids))
+        return [done[request_id] for request_id in ids]
+
+
+def parse_prompt(
+    prompt: Prompt, engine: EngineCore
+) -> tuple[str | None, Sequence[int], str | None]:
+    """Return a prompt's text (if it has one), its token ids and its cache salt.
+
+    Raises:
+        TypeError: it is none of the forms of `Prompt`.
+    """
+    salt = None
+    if isinstance(prompt, Mapping):
+        salt = prompt.get("cache_salt")
+        prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+    if isinstance(prompt, str):
+        return prompt, engine.tokenizer.encode(prompt), salt
+    if isinstance(prompt, Sequence) and all(isinstance(t, int) for t in prompt):
+        return None, prompt, salt
+    raise TypeError(f"a prompt is text, token ids or a mapping of these, got {prompt!r:.100}")
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Tell one prompt from many: a list of integers is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""A model's files, opened: config, weights, tokenizer, generation defaults. Host only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arctic_jax.config import LoadConfig
+from arctic_jax.errors import CheckpointError
+from arctic_jax.gguf_checkpoint import GGUFCheckpoint
+from arctic_jax.hub import resolve_model
+from arctic_jax.progress import Report, silent
+from arctic_jax.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.tokenizer import Tokenizer, load_tokenizer, numbered_tokenizer
+from arctic_jax.weights import Checkpoint
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What an engine needs of a model.
+
+    Attributes:
+        config: in the form of a Hugging Face `config.json`.
+        checkpoint: its weights; `None` for random ones.
+        tokenizer: its tokenizer.
+        generation_config: `generation_config.json`, empty if there is none.
+    """
+
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint | None
+    tokenizer: Tokenizer
+    generation_config: Mapping[str, Any]
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """All tokens that end an answer."""
+        ids: set[int] = set()
+        for source in (self.generation_config, self.config):
+            value = source.get("eos_token_id")
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        if self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return frozenset(ids)
+
+
+def open_model(load: LoadConfig, report: Report = silent) -> ModelFiles:
+    """Find a model's files (downloading them if need be) and open them.
+
+    With `load_format="dummy"` a directory with a `config.json` is enough.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, CheckpointError: see `arctic_jax.errors`.
+    """
+    path = resolve_model(load.model, load.revision, report)
+    dummy = load.load_format == "dummy"
+    if path.is_file():
+        gguf = GGUFCheckpoint(path)
+        config, generation_config = gguf.config(), {}
+    else:
+        gguf = None
+        config = _read_json(path / "config.json")
+        optional = path / "generation_config.json"
+        generation_config = _read_json(optional) if optional.exists() else {}
+    if load.tokenizer is not None:
+        tokenizer = load_tokenizer(resolve_model(load.tokenizer, None, report))
+    elif dummy and path.is_dir() and not (path / "tokenizer.json").exists():
+        tokenizer = numbered_tokenizer(int(config["vocab_size"]))
+    else:
+        tokenizer = load_tokenizer(path)
+    checkpoint = None if dummy else gguf or SafetensorsCheckpoint(path)
+    return ModelFiles(config, checkpoint, tokenizer, generation_config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

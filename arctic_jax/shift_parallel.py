@@ -1,0 +1,109 @@
+"""Mesh layouts: how tokens, heads and weights are split over the devices of one engine.
+
+Vocabulary; the verbs are pure and run inside the step program, under `jax.shard_map` over one mesh
+with the axes `("tp", "sp")`. Models call the verbs and never name an axis, so one model file serves
+every layout. Device `(t, s)` owns head block `t * SP + s` of the cache in both layouts: after an
+all-to-all over `sp` the order of heads is the order of the tuple `("tp", "sp")` (Ulysses sequence
+parallelism: Jacobs et al. 2023; shift parallelism: Hidayetoglu et al. 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MeshLayout:
+    """One way to run a step over the mesh. Axes of size one are left out of the tuples.
+
+    Attributes:
+        name: for logs and program keys.
+        tokens: axes over which the tokens of a step are split between attentions.
+        weights: axes over which heads and the feed-forward dimension are split.
+        devices: all axes: the vocabulary and the cache's heads are always split over these.
+    """
+
+    name: str
+    tokens: Axes
+    weights: Axes
+    devices: Axes
+
+    def partition(self, axis: str | None) -> PartitionSpec:
+        """Where the first dimension of a parameter with this logical axis lies.
+
+        Args:
+            axis: `"heads"`, `"ffn"` (split over `weights`), `"vocab"` (split over all devices) or
+                `None` (replicated).
+        """
+        axes = {"heads": self.weights, "ffn": self.weights, "vocab": self.devices, None: ()}[axis]
+        return PartitionSpec(axes) if axes else PartitionSpec()
+
+    def to_heads(self, x: Array) -> Array:
+        """`[tokens/SP, groups/TP, w]` to `[tokens, groups/(TP·SP), w]`: one all-to-all."""
+        return lax.all_to_all(x, self.tokens, 1, 0, tiled=True) if self.tokens else x
+
+    def to_tokens(self, x: Array) -> Array:
+        """`[tokens, groups/(TP·SP), w]` back to `[tokens/SP, groups/TP, w]`: one all-to-all."""
+        return lax.all_to_all(x, self.tokens, 0, 1, tiled=True) if self.tokens else x
+
+    def reduce(self, x: Array) -> Array:
+        """Sum the partial results of a product whose contracted dimension is split."""
+        return lax.psum(x, self.weights) if self.weights else x
+
+    def scatter_tokens(self, x: Array) -> Array:
+        """Sum `[tokens, d]` over all devices and keep this device's tokens: after the embedding."""
+        rest = tuple(axis for axis in self.devices if axis not in self.tokens)
+        x = lax.psum(x, rest) if rest else x
+        if self.tokens:
+            x = lax.psum_scatter(x, self.tokens, scatter_dimension=0, tiled=True)
+        return x
+
+    def gather_tokens(self, x: Array) -> Array:
+        """`[tokens/SP, d]` to `[tokens, d]`: once, where the batch narrows."""
+        return lax.all_gather(x, self.tokens, axis=0, tiled=True) if self.tokens else x
+
+    def gather_vocab(self, logits: Array) -> Array:
+        """`[rows, vocab/(TP·SP)]` to `[rows, vocab]`."""
+        return lax.all_gather(logits, self.devices, axis=1, tiled=True) if self.devices else logits
+
+    def vocab_shard(self) -> Array | int:
+        """Index of this device's part of the vocabulary."""
+        return lax.axis_index(self.devices) if self.devices else 0
+
+
+def make_mesh(tp: int, sp: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Make the mesh `("tp", "sp")` over the first `tp * sp` devices, in row-major order.
+
+    Raises:
+        ValueError: there are fewer devices; the message holds the numbers.
+    """
+    devices = jax.devices() if devices is None else devices
+    if len(devices) < tp * sp:
+        raise ValueError(
+            f"tensor_parallel_size={tp} times ulysses_sequence_parallel_size={sp} needs "
+            f"{tp * sp} devices, there are {len(devices)}"
+        )
+    return Mesh(np.asarray(devices[: tp * sp]).reshape(tp, sp), ("tp", "sp"))
+
+
+def ulysses(tp: int, sp: int) -> MeshLayout:
+    """Tokens split over `sp`, heads over `tp`: for many tokens."""
+    return MeshLayout("ulysses", _real(sp=sp), _real(tp=tp), _real(tp=tp, sp=sp))
+
+
+def shift(tp: int, sp: int) -> MeshLayout:
+    """Heads split over all devices, tokens on each: full tensor parallelism, for few tokens."""
+    return MeshLayout("shift", (), _real(tp=tp, sp=sp), _real(tp=tp, sp=sp))
+
+
+def _real(**sizes: int) -> Axes:
+    return tuple(axis for axis, size in sizes.items() if size > 1)

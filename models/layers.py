@@ -1,0 +1,240 @@
+"""The layers that decoders are built from. Pure; run inside the step program.
+
+Every weight is stored with the dimension that is split over devices first: `[out, in]` for
+column-parallel products, `[in, out]` for row-parallel ones. Which axis of the mesh that is, only
+the `MeshLayout` knows; a module names the logical axis ("heads", "ffn", "vocab").
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from arctic_jax.batch import ForwardBatch
+from arctic_jax.config import ModelConfig, RopeConfig
+from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
+from arctic_jax.pallas_kernels.kv_cache_update.reference import rotate
+from arctic_jax.pallas_kernels.paged_attention import paged_attention
+from arctic_jax.shift_parallel import MeshLayout
+
+VOCAB_MULTIPLE = 64  # the vocabulary is padded to this many rows a device
+
+
+def parameter(*shape: int, axis: str | None = None) -> nnx.Param[Array]:
+    """Declare a parameter whose first dimension lies along a logical axis; filled by the loader."""
+    return nnx.Param(jnp.zeros(shape), axis=axis)
+
+
+def named_parameters(module: nnx.Module) -> dict[str, nnx.Param[Array]]:
+    """Return the parameters by their dotted paths, in the order of `jax.tree.leaves(module)`."""
+    found = jax.tree_util.tree_leaves_with_path(
+        module, is_leaf=lambda node: isinstance(node, nnx.Param)
+    )
+    return {jax.tree_util.keystr(path, simple=True, separator="."): p for path, p in found}
+
+
+def rotary(rope: RopeConfig, head_dim: int, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines `[T, head_dim/2]` of the angles at `positions [T]`, float32.
+
+    Scaling: "linear" (Chen et al. 2023), "llama3" (Llama 3.1), "yarn" (Peng et al. 2023).
+    """
+    inverse, factor = _frequencies(rope, head_dim)
+    angles = positions[:, None].astype(jnp.float32) * jnp.asarray(inverse)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """Return inverse frequencies `[head_dim/2]` and the factor on cosines and sines."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inverse = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+    original = rope.original_max_position_embeddings
+    if rope.type == "linear":
+        return inverse / np.float32(rope.factor), 1.0
+    if rope.type == "llama3":
+        wavelength = 2 * math.pi / inverse
+        smooth = original / wavelength - rope.low_freq_factor
+        smooth = np.clip(smooth / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        scaled = (1 - smooth) * inverse / rope.factor + smooth * inverse
+        return scaled.astype(np.float32), 1.0
+    if rope.type == "yarn":
+
+        def dimension(rotations: float) -> float:
+            """Return the dimension that turns this often within the original context."""
+            turns = math.log(original / (rotations * 2 * math.pi))
+            return head_dim * turns / (2 * math.log(rope.theta))
+
+        low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = (np.arange(head_dim // 2) - low) / max(high - low, 0.001)
+        interpolated = np.clip(ramp, 0, 1)
+        scaled = inverse / rope.factor * interpolated + inverse * (1 - interpolated)
+        return scaled.astype(np.float32), _yarn_attention_factor(rope)
+    return inverse, 1.0
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def column_parallel(x: Array, weight: Array) -> Array:
+    """`x [T, in]` times `weight [..., in]` to `[T, ...]`.
+
+    As one matrix product: with more than two dimensions XLA would transpose the weight first.
+    """
+    out = jnp.einsum("ti,oi->to", x, weight.reshape(-1, weight.shape[-1]))
+    return out.reshape(x.shape[0], *weight.shape[:-1])
+
+
+class Embed(nnx.Module):
+    """Token embedding `[vocab, hidden]`, split over the vocabulary; also the output projection."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, num_devices: int) -> None:
+        multiple = VOCAB_MULTIPLE * num_devices
+        self.vocab_size = vocab_size
+        rows = -(-vocab_size // multiple) * multiple
+        self.weight = parameter(rows, hidden_size, axis="vocab")
+
+    def __call__(self, token_ids: Array, layout: MeshLayout) -> Array:
+        """`[T]` token ids to `[T/SP, hidden]`."""
+        weight = self.weight[...]
+        local = token_ids - layout.vocab_shard() * weight.shape[0]
+        mine = (local >= 0) & (local < weight.shape[0])
+        rows = weight[jnp.clip(local, 0, weight.shape[0] - 1)]
+        return layout.scatter_tokens(jnp.where(mine[:, None], rows, 0))
+
+    def logits(self, x: Array, layout: MeshLayout) -> Array:
+        """`[R, hidden]` to float32 logits `[R, vocab]`."""
+        logits = jnp.einsum("rd,vd->rv", x, self.weight[...], preferred_element_type=jnp.float32)
+        return layout.gather_vocab(logits)[:, : self.vocab_size]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        self.weight = parameter(size)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        """Normalise `x [..., size]`."""
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * scale).astype(x.dtype) * self.weight[...]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the paged cache.
+
+    Query, key and value projections are fused by key/value group: `[groups, w, hidden]` with
+    `w = (heads/groups + 2) * head_dim`. There are as many groups as key/value heads, or as devices
+    if those are more (then heads are copied).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        sliding_window: int | None,
+        groups: int,
+        implementation: str | None,
+    ) -> None:
+        self.head_dim = config.head_dim
+        self.heads_per_group = config.num_attention_heads // groups
+        self.sliding_window = sliding_window
+        self.implementation = implementation
+        width = (self.heads_per_group + 2) * config.head_dim
+        size = config.num_attention_heads * config.head_dim
+        self.qkv = parameter(groups, width, config.hidden_size, axis="heads")
+        self.qkv_bias = parameter(groups, width, axis="heads") if config.qkv_bias else None
+        self.output = parameter(size, config.hidden_size, axis="heads")
+        self.output_bias = parameter(config.hidden_size) if config.attention_output_bias else None
+        norm = config.qk_norm
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norm else None
+
+    def __call__(
+        self,
+        x: Array,
+        rope: tuple[Array, Array],
+        batch: ForwardBatch,
+        k_cache: Array,
+        v_cache: Array,
+        layout: MeshLayout,
+    ) -> tuple[Array, Array, Array]:
+        """`x [T/SP, hidden]` to the same shape, with the layer's caches after the write."""
+        qkv = column_parallel(x, self.qkv[...])
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...]
+        qkv = layout.to_heads(qkv)
+        tokens, groups, _ = qkv.shape
+        q, k, v = jnp.split(qkv, [-2 * self.head_dim, -self.head_dim], axis=-1)
+        q = q.reshape(tokens, groups * self.heads_per_group, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        # A weight of 0 does not hide a value that is not finite: a damaged token would reach the
+        # queries before it, and other requests through their common prefix. Its key stays as it is.
+        v = jnp.where(jnp.isfinite(v), v, 0)
+        k_cache, v_cache = kv_cache_update(
+            k,
+            v,
+            *rope,
+            k_cache,
+            v_cache,
+            batch.slot_mapping,
+            implementation=self.implementation,
+        )
+        out = paged_attention(
+            rotate(q, *rope),
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.query_start_loc,
+            batch.seq_lens,
+            max_query_len=batch.max_query_len,
+            scale=self.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+            implementation=self.implementation,
+        )
+        out = layout.to_tokens(out.reshape(tokens, groups, -1))
+        out = layout.reduce(out.reshape(x.shape[0], -1) @ self.output[...])
+        if self.output_bias is not None:
+            out = out + self.output_bias[...]
+        return out, k_cache, v_cache
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU feed-forward. Gate and up are fused as `[shards, 2, ffn/shards, hidden]`.
+
+    `shards` is the number of devices: so a device's part of the fused weight is one piece of memory
+    in every layout, and its product holds gate and up side by side.
+    """
+
+    def __init__(self, config: ModelConfig, num_devices: int) -> None:
+        hidden, size = config.hidden_size, config.intermediate_size // num_devices
+        self.gate_up = parameter(num_devices, 2, size, hidden, axis="ffn")
+        self.down = parameter(config.intermediate_size, hidden, axis="ffn")
+        bias = config.mlp_bias
+        self.gate_up_bias = parameter(num_devices, 2, size, axis="ffn") if bias else None
+        self.down_bias = parameter(hidden) if bias else None
+
+    def __call__(self, x: Array, layout: MeshLayout) -> Array:
+        """`x [T, hidden]` to the same shape."""
+        gate_up = column_parallel(x, self.gate_up[...])
+        if self.gate_up_bias is not None:
+            gate_up = gate_up + self.gate_up_bias[...]
+        activated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        out = layout.reduce(activated.reshape(x.shape[0], -1) @ self.down[...])
+        return out if self.down_bias is None else out + self.down_bias[...]

@@ -1,0 +1,180 @@
+"""Llama 2 and 3, SmolLM2 and Mistral; and the decoder loop of every decoder in the project.
+
+Pure; runs inside the step program. `qwen2.py` and `qwen3.py` say only what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from arctic_jax.batch import ForwardBatch, narrow
+from arctic_jax.config import ModelConfig
+from arctic_jax.kv_cache import KVCache
+from arctic_jax.models.layers import Attention, Embed, GatedMLP, RMSNorm, rotary
+from arctic_jax.shift_parallel import MeshLayout
+from arctic_jax.weights import QKV, Columns, GateUp, Rows, Source
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each with a norm before and a residual around it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        sliding_window: int | None,
+        groups: int,
+        num_devices: int,
+        implementation: str | None,
+    ) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, sliding_window, groups, implementation)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config, num_devices)
+
+    def __call__(
+        self,
+        x: Array,
+        rope: tuple[Array, Array],
+        batch: ForwardBatch,
+        k_cache: Array,
+        v_cache: Array,
+        layout: MeshLayout,
+    ) -> tuple[Array, Array, Array]:
+        """`x [T/SP, hidden]` to the same shape, with the layer's caches after the write."""
+        attended, k_cache, v_cache = self.attention(
+            self.attention_norm(x), rope, batch, k_cache, v_cache, layout
+        )
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x), layout), k_cache, v_cache
+
+
+# Equal layers are traced and lowered once: the program calls one function with other weights.
+_run_layer = jax.jit(DecoderLayer.__call__, static_argnames="layout")
+
+
+class LlamaForCausalLM(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: its numbers.
+        num_devices: P, the devices of one engine.
+        implementation: of every operation, see `pallas_kernels.dispatch`.
+
+    Raises:
+        ValueError: heads, or the feed-forward dimension, cannot be split over P devices.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_devices: int, implementation: str | None = None
+    ) -> None:
+        self.config = config
+        self.num_kv_groups = num_kv_groups(config, num_devices)
+        if config.intermediate_size % num_devices:
+            raise ValueError(
+                f"intermediate_size {config.intermediate_size} cannot be split over "
+                f"{num_devices} devices"
+            )
+        self.embed = Embed(config.vocab_size, config.hidden_size, num_devices)
+        self.layers = nnx.List(
+            [
+                DecoderLayer(
+                    config,
+                    config.sliding_window(i),
+                    self.num_kv_groups,
+                    num_devices,
+                    implementation,
+                )
+                for i in range(config.num_hidden_layers)
+            ]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Embed(config.vocab_size, config.hidden_size, num_devices)
+        )
+
+    def __call__(
+        self, batch: ForwardBatch, cache: KVCache, layout: MeshLayout
+    ) -> tuple[Array, KVCache]:
+        """Run every layer on every token; return float32 logits `[R, vocab]` and the cache."""
+        rope = rotary(self.config.rope, self.config.head_dim, batch.positions)
+        x = self.embed(batch.token_ids, layout)
+        k_caches, v_caches = list(cache.k), list(cache.v)
+        for i, layer in enumerate(self.layers):
+            x, k_caches[i], v_caches[i] = _run_layer(
+                layer, x, rope, batch, k_caches[i], v_caches[i], layout=layout
+            )
+        x = self.norm(narrow(layout.gather_tokens(x), batch))
+        logits = (self.lm_head or self.embed).logits(x, layout)
+        return logits, KVCache(k=tuple(k_caches), v=tuple(v_caches))
+
+    @staticmethod
+    def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+        """Read a Hugging Face config of model type `llama` or `mistral`."""
+        bias = bool(config.get("attention_bias", False))
+        layers = int(config["num_hidden_layers"])
+        window = config.get("sliding_window") if config.get("model_type") == "mistral" else None
+        return ModelConfig.from_hf(
+            config,
+            qkv_bias=bias,
+            attention_output_bias=bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            sliding_windows=(window,) * layers if window else (),
+        )
+
+    def weight_sources(self) -> dict[str, Source]:
+        """Say, for each parameter's path, which checkpoint tensors it is read from."""
+        config = self.config
+        shards = self.layers[0].mlp.gate_up.shape[0]
+        sources: dict[str, Source] = {
+            "embed.weight": Rows("model.embed_tokens.weight"),
+            "norm.weight": Rows("model.norm.weight"),
+            "lm_head.weight": Rows("lm_head.weight"),
+        }
+        for i in range(config.num_hidden_layers):
+            here, there = f"layers.{i}", f"model.layers.{i}"
+            for path, kind in (("qkv", "weight"), ("qkv_bias", "bias")):
+                sources[f"{here}.attention.{path}"] = QKV(
+                    *(f"{there}.self_attn.{p}_proj.{kind}" for p in "qkv"),
+                    heads=config.num_attention_heads,
+                    kv_heads=config.num_key_value_heads,
+                    groups=self.num_kv_groups,
+                    head_dim=config.head_dim,
+                )
+            for path, kind in (("gate_up", "weight"), ("gate_up_bias", "bias")):
+                sources[f"{here}.mlp.{path}"] = GateUp(
+                    f"{there}.mlp.gate_proj.{kind}", f"{there}.mlp.up_proj.{kind}", shards
+                )
+            sources |= {
+                f"{here}.attention_norm.weight": Rows(f"{there}.input_layernorm.weight"),
+                f"{here}.mlp_norm.weight": Rows(f"{there}.post_attention_layernorm.weight"),
+                f"{here}.attention.output": Columns(f"{there}.self_attn.o_proj.weight"),
+                f"{here}.attention.output_bias": Rows(f"{there}.self_attn.o_proj.bias"),
+                f"{here}.attention.q_norm.weight": Rows(f"{there}.self_attn.q_norm.weight"),
+                f"{here}.attention.k_norm.weight": Rows(f"{there}.self_attn.k_norm.weight"),
+                f"{here}.mlp.down": Columns(f"{there}.mlp.down_proj.weight"),
+                f"{here}.mlp.down_bias": Rows(f"{there}.mlp.down_proj.bias"),
+            }
+        return sources
+
+
+def num_kv_groups(config: ModelConfig, num_devices: int) -> int:
+    """Key/value heads in the cache: copies are made where devices outnumber them.
+
+    Raises:
+        ValueError: the heads cannot be split evenly; the message holds the numbers.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    groups = max(kv_heads, num_devices)
+    if groups % kv_heads or groups % num_devices or heads % groups:
+        raise ValueError(
+            f"{heads} attention heads with {kv_heads} key/value heads cannot be split over "
+            f"{num_devices} devices"
+        )
+    return groups

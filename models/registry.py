@@ -1,0 +1,35 @@
+"""Which class serves which architecture. A new model is one file and one row here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from arctic_jax.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from arctic_jax.models.llama import LlamaForCausalLM
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama:LlamaForCausalLM",
+    "MistralForCausalLM": "llama:LlamaForCausalLM",
+    "Qwen2ForCausalLM": "qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "qwen3:Qwen3ForCausalLM",
+}
+
+
+def model_class(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:
+    """Return the class for a Hugging Face config, importing only its module.
+
+    Raises:
+        UnsupportedModelError: no row for any of the config's `architectures`.
+    """
+    names = config.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            module, _, cls = ARCHITECTURES[name].partition(":")
+            return getattr(importlib.import_module(f"arctic_jax.models.{module}"), cls)
+    raise UnsupportedModelError(
+        f"architectures {names} are not supported; supported: {sorted(ARCHITECTURES)}"
+    )

@@ -1,0 +1,206 @@
+"""Paged attention: the named shapes that tests and benchmarks run, and the float64 formula.
+
+`tests/kernels/test_kernels.py` and `benchmarks/kernels.py` read `CASES`, `TOLERANCE`, `inputs`,
+`expected`, `comparable` and `cost` of every operation's `cases.py`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Largest difference in one element, relative to 1 + |expected|. The outputs are averages of
+# standard normal values, so this is a few units in the last place of the stored weights.
+TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One batch: heads of a model (or of its shard), and `(queries, tokens in the cache)` pairs."""
+
+    name: str
+    tags: frozenset[str]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sequences: tuple[tuple[int, int], ...]
+    block_size: int = 64
+    dtype: str = "bfloat16"
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    padding_rows: int = 0  # rows of q past the last sequence
+    max_query_len: int | None = None  # None: the longest there is
+    race_detection: bool = False  # small enough for the interpreter to look for races
+
+
+def _case(name: str, heads: tuple[int, int, int], sequences, tags: str = "ci", **more) -> Case:
+    return Case(name, frozenset(tags.split()), *heads, tuple(sequences), **more)
+
+
+# (query heads, key/value heads, head_dim) of a model, or of one of its tensor-parallel shards
+LLAMA_8B = (32, 8, 128)
+LLAMA_8B_TP4 = (8, 2, 128)
+LLAMA_70B_TP8 = (8, 1, 128)
+QWEN3_06B_TP4 = (4, 2, 128)
+QWEN3_32B = (64, 8, 128)
+SMOLLM2_135M = (9, 3, 64)
+GEMMA_2B = (8, 1, 256)  # one key/value head
+GEMMA2_9B_TP4 = (4, 2, 256)
+GEMMA2_9B = (16, 8, 256)
+PHI3_MINI_TP16 = (2, 2, 96)  # a head_dim the GPU kernel does not take
+
+
+def _ragged(n: int, low: int, high: int) -> list[tuple[int, int]]:
+    """Return `n` decode rows with contexts spread evenly from `low` to `high`, in mixed order."""
+    lengths = np.linspace(low, high, n).astype(int)
+    return [(1, int(length)) for length in np.random.default_rng(0).permutation(lengths)]
+
+
+CASES = (
+    # One query a sequence.
+    _case("decode_llama_8b", LLAMA_8B_TP4, [(1, 200), (1, 1), (0, 0), (1, 64)]),
+    _case("decode_smollm2", SMOLLM2_135M, [(1, 65), (1, 130)], race_detection=True),
+    _case("decode_smollm2_fp32", SMOLLM2_135M, [(1, 65), (1, 130)], dtype="float32"),
+    _case("decode_qwen3_fp16", QWEN3_06B_TP4, [(1, 129)], dtype="float16", race_detection=True),
+    _case("decode_mqa", GEMMA_2B, [(1, 70), (0, 0)]),
+    _case("decode_window", LLAMA_70B_TP8, [(1, 300), (1, 40)], sliding_window=70),
+    _case("decode_gemma2", GEMMA2_9B_TP4, [(1, 150)], sliding_window=64, soft_cap=5.0),
+    _case("decode_block16", LLAMA_70B_TP8, [(1, 50), (1, 147)], block_size=16),
+    _case("decode_block32", SMOLLM2_135M, [(1, 97)], block_size=32),
+    _case("decode_head_dim_96", PHI3_MINI_TP16, [(1, 100), (1, 3)]),
+    _case("decode_long", LLAMA_70B_TP8, [(1, 1500)]),
+    # A few queries a sequence: the verification of drafts.
+    _case("verify_llama_8b", LLAMA_8B_TP4, [(4, 200), (2, 66), (0, 0), (1, 1)], padding_rows=3),
+    _case("verify_smollm2", SMOLLM2_135M, [(3, 65), (1, 90)], race_detection=True),
+    _case("verify_window", LLAMA_70B_TP8, [(5, 150)], sliding_window=3),
+    # Prompt chunks, alone and beside decode rows.
+    _case("prefill_llama_70b", (4, 1, 128), [(200, 200)]),
+    _case("prefill_smollm2", SMOLLM2_135M, [(70, 70)], padding_rows=58, race_detection=True),
+    _case("prefill_history", (4, 2, 128), [(100, 300)]),
+    _case(
+        "mixed_llama_70b",
+        (4, 1, 128),
+        [(1, 90), (70, 200), (0, 0), (1, 1), (130, 130), (3, 64)],
+        padding_rows=19,
+    ),
+    _case("mixed_smollm2_block16", SMOLLM2_135M, [(20, 33), (1, 18), (66, 66)], block_size=16),
+    _case("prefill_gemma2", GEMMA2_9B_TP4, [(90, 140)], sliding_window=40, soft_cap=5.0),
+    _case("prefill_fp16", (2, 1, 128), [(65, 65)], dtype="float16"),
+    _case("prefill_window", (2, 1, 64), [(300, 300)], sliding_window=64),
+    _case("prefill_fp32", SMOLLM2_135M, [(70, 90), (1, 5)], dtype="float32"),
+    # What the H200 is measured on.
+    _case("decode_llama_8b_b64_2k", LLAMA_8B, [(1, 2048)] * 64, "bench"),
+    _case("decode_llama_8b_b1_32k", LLAMA_8B, [(1, 32768)], "bench"),
+    _case("decode_llama_8b_b16_8k", LLAMA_8B, [(1, 8192)] * 16, "bench"),
+    _case("decode_llama_8b_b256_1k", LLAMA_8B, [(1, 1024)] * 256, "bench"),
+    _case("decode_llama_8b_ragged", LLAMA_8B, _ragged(64, 100, 6000), "bench"),
+    _case("decode_llama_8b_block16", LLAMA_8B, [(1, 2048)] * 64, "bench", block_size=16),
+    _case("decode_qwen3_32b_b64_2k", QWEN3_32B, [(1, 2048)] * 64, "bench"),
+    _case("decode_llama_70b_tp8", LLAMA_70B_TP8, [(1, 4096)] * 64, "bench"),
+    _case("decode_smollm2_b128_2k", SMOLLM2_135M, [(1, 2048)] * 128, "bench"),
+    _case("decode_gemma2_9b", GEMMA2_9B, [(1, 4096)] * 32, "bench", soft_cap=50.0),
+    _case("verify_llama_8b_k3", LLAMA_8B, [(4, 2048)] * 64, "bench"),
+    _case("prefill_llama_8b_8k", LLAMA_8B, [(8192, 8192)], "bench"),
+    _case("prefill_llama_8b_4x2k", LLAMA_8B, [(2048, 2048)] * 4, "bench"),
+    _case("prefill_llama_8b_history", LLAMA_8B, [(2048, 32768)], "bench"),
+    _case("prefill_smollm2_8k", SMOLLM2_135M, [(8192, 8192)], "bench"),
+    _case("mixed_llama_8b", LLAMA_8B, [(1, 2048)] * 63 + [(2048, 4096)], "bench"),
+)
+
+
+def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tuple, dict]:
+    """Return the positional and keyword arguments of `op.paged_attention` for a case.
+
+    Blocks are shuffled over a pool larger than needed. With `poison`, everything that must not be
+    read as data is NaN in the keys and `poison` in the values: the unused blocks, and the slots
+    past a sequence's length inside its last block.
+    """
+    rng = np.random.default_rng(seed)
+    query_lens = np.array([queries for queries, _ in case.sequences], np.int32)
+    seq_lens = np.array([tokens for _, tokens in case.sequences], np.int32)
+    blocks_of = -(-seq_lens // case.block_size)
+    width = max(1, int(blocks_of.max())) + 1
+    pool = int(blocks_of.sum()) + 3
+    order = rng.permutation(pool).astype(np.int32)
+    tables = np.full((len(seq_lens), width), order[-1], np.int32)  # an unused block
+    valid = np.zeros((pool, case.block_size), bool)
+    used = 0
+    for s, (count, tokens) in enumerate(zip(blocks_of, seq_lens, strict=True)):
+        tables[s, :count] = order[used : used + count]
+        used += int(count)
+        slots = np.arange(count * case.block_size).reshape(count, case.block_size)
+        valid[tables[s, :count]] = slots < tokens
+    max_query_len = case.max_query_len or max(1, int(query_lens.max()))
+    if max_query_len == 1:  # row s is sequence s, an empty slot has a row as well
+        rows, starts = len(seq_lens), np.arange(len(seq_lens) + 1, dtype=np.int32)
+    else:
+        starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+        rows = int(starts[-1]) + case.padding_rows
+    keys = jax.random.split(jax.random.key(seed), 3)
+    dtype = jnp.dtype(case.dtype)
+    cache = (pool, case.kv_heads, case.block_size, case.head_dim)
+    q = jax.random.normal(keys[0], (rows, case.heads, case.head_dim), dtype)
+    k_cache = jax.random.normal(keys[1], cache, dtype)
+    v_cache = jax.random.normal(keys[2], cache, dtype)
+    if poison is not None:
+        mask = jnp.asarray(valid)[:, None, :, None]
+        k_cache = jnp.where(mask, k_cache, jnp.asarray(np.nan, dtype))
+        v_cache = jnp.where(mask, v_cache, jnp.asarray(poison, dtype))
+    indices = (jnp.asarray(array) for array in (tables, starts, seq_lens))
+    keywords = {
+        "max_query_len": max_query_len,
+        "scale": case.head_dim**-0.5,
+        "sliding_window": case.sliding_window,
+        "soft_cap": case.soft_cap,
+    }
+    return (q, k_cache, v_cache, *indices), keywords
+
+
+def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
+    """Return the output in float64, one query and head at a time; NaN where it is unspecified."""
+    q, k_cache, v_cache, tables, starts, seq_lens = (np.asarray(a) for a in arguments)
+    out = np.full(q.shape, np.nan, np.float64)
+    group = case.heads // case.kv_heads
+    for s, length in enumerate(seq_lens):
+        last = starts[s] + (length > 0) if keywords["max_query_len"] == 1 else starts[s + 1]
+        k, v = (
+            np.swapaxes(cache[tables[s]], 1, 2).reshape(-1, case.kv_heads, case.head_dim)[:length]
+            for cache in (k_cache.astype(np.float64), v_cache.astype(np.float64))
+        )
+        for row in range(starts[s], last):
+            position = length - (last - row)
+            first = 0 if case.sliding_window is None else position - case.sliding_window + 1
+            seen = slice(max(first, 0), position + 1)
+            for head in range(case.heads):
+                scores = k[seen, head // group] @ q[row, head].astype(np.float64)
+                scores = scores * keywords["scale"]
+                if case.soft_cap is not None:
+                    scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+                weights = np.exp(scores - scores.max())
+                out[row, head] = weights / weights.sum() @ v[seen, head // group]
+    return out
+
+
+def comparable(case: Case, output: jax.Array, arguments: tuple) -> tuple[np.ndarray, ...]:
+    """Return the output as float64; every row must be finite except the padding rows."""
+    out = np.asarray(output).astype(np.float64)
+    rows = len(out) - case.padding_rows
+    if not np.isfinite(out[:rows]).all():
+        raise AssertionError(f"{case.name}: not finite in rows {np.where(np.isnan(out))[0]}")
+    return (out,)
+
+
+def cost(case: Case) -> tuple[float, float]:
+    """Return the bytes that must be moved and the floating-point operations that must be done."""
+    itemsize = jnp.dtype(case.dtype).itemsize
+    window = case.sliding_window or 1 << 40
+    tokens = sum(min(length, window + queries - 1) for queries, length in case.sequences)
+    rows = sum(queries for queries, _ in case.sequences)
+    elements = 2 * tokens * case.kv_heads + 2 * rows * case.heads
+    pairs = sum(
+        min(position + 1, window)
+        for queries, length in case.sequences
+        for position in range(length - queries, length)
+    )
+    return elements * case.head_dim * itemsize, 4.0 * pairs * case.heads * case.head_dim

@@ -1,0 +1,350 @@
+"""Paged attention for few queries a sequence (decode, draft verification) on Hopper.
+
+Called by `op.paged_attention`. One thread block works on one sequence, one key/value head and one
+split of the context: it brings tiles of keys and values in by TMA, one copy a block of the cache,
+and keeps a running softmax over them for the query rows of its head group. The rows are padded to
+the 64 that a wgmma has; the tensor cores have time for that while the memory system is the limit.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from arctic_jax.pallas_kernels import dispatch
+
+ROWS = 64  # query rows of a thread block, the M of one wgmma
+SMEM_BYTES = 227 * 1024  # what one thread block may have
+SMS = 132
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that a row without any key yields 0 and not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the decode kernel.
+
+    Attributes:
+        tile: keys a step.
+        stages: steps whose keys and values are in shared memory or on their way.
+        splits: thread blocks that share the context of one sequence and head.
+    """
+
+    tile: int
+    stages: int
+    splits: int
+
+    def __post_init__(self):
+        if self.tile not in (64, 128, 256):
+            raise ValueError(f"{self.tile=} must be 64, 128 or 256")
+        if self.stages < 1 or self.splits < 1:
+            raise ValueError(f"{self.stages=} and {self.splits=} must be positive")
+
+
+def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size: int) -> Config:
+    """Return the sizes for a batch of `S` sequences, from static shapes alone.
+
+    Two thread blocks share a multiprocessor (one for head_dim 256). A context is split until every
+    multiprocessor has work, but never into pieces shorter than a few tiles.
+    """
+    tile = 128 if D == 64 else 64
+    stages = {64: 3, 128: 3, 256: 2}[D]
+    resident = SMS * (1 if D == 256 else 2)
+    tiles = -(-blocks_per_sequence * block_size // tile)
+    wanted = -(-resident // (S * KV)) if resident > S * KV else 1
+    return Config(tile, stages, max(1, min(wanted, tiles // 4)))
+
+
+def unsupported(
+    q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct, *, max_query_len: int
+) -> str | None:
+    """Return why this kernel does not take the shapes, or `None` if it does."""
+    H, D = q.shape[1:]
+    KV, block_size = k_cache.shape[1:3]
+    if q.dtype != k_cache.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"queries are {q.dtype}, the cache is {k_cache.dtype}; both must be one 16-bit type"
+    if D not in (64, 128, 256):
+        return f"head_dim {D} is not 64, 128 or 256"
+    if block_size not in (16, 32, 64):
+        return f"block_size {block_size} is not 16, 32 or 64"
+    if max_query_len * (H // KV) > ROWS:
+        return f"{max_query_len} queries of {H // KV} heads are more than {ROWS} rows"
+    return None
+
+
+def decode(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_tables: Array,
+    query_start_loc: Array,
+    seq_lens: Array,
+    *,
+    max_query_len: int,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    config: Config | None = None,
+) -> Array:
+    """See `op.paged_attention`; `max_query_len * H / KV` is at most 64."""
+    T, H, D = q.shape
+    S, B = block_tables.shape
+    KV, block_size = k_cache.shape[1:3]
+    G, Q = H // KV, max_query_len
+    config = config or choose_config(S, KV, D, B, block_size)
+    splits = config.splits
+
+    # The query rows of a head group start at a multiple of 8 rows or lie within 8: TMA tiles.
+    if Q == 1 and H % 8 == 0 and (G % 8 == 0 or 8 % G == 0):
+        rows, stride = q, G
+    else:
+        stride = -(-Q * G // 8) * 8
+        rows = q[jnp.minimum(query_start_loc[:-1, None] + jnp.arange(Q), T - 1)]
+        rows = jnp.moveaxis(rows.reshape(S, Q, KV, G, D), 1, 2).reshape(S, KV, Q * G, D)
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
+        rows = rows.reshape(S, KV * stride, D)
+
+    partial = splits > 1
+    if partial:
+        out_type = [
+            jax.ShapeDtypeStruct((S, splits, KV, Q * G, D), jnp.float32),
+            jax.ShapeDtypeStruct((S, splits, KV, ROWS), jnp.float32),
+        ]
+    else:
+        out_type = [jax.ShapeDtypeStruct((T, H, D), q.dtype)]
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    interpret = dispatch.interpreter()
+    copies = config.tile // block_size
+    scratch = {
+        "q_smem": plgpu.SMEM((ROWS, D), q.dtype, transforms=swizzled),
+        "tiles_smem": plgpu.RefUnion(
+            [
+                plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=swizzled),
+                plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=swizzled),
+            ],
+            # The result leaves through the memory of the tiles, when they have been read.
+            plgpu.SMEM((ROWS, D), out_type[0].dtype),
+        ),
+        "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
+        # The interpreter knows no wgmma with an operand in registers.
+        "p_smem": plgpu.SMEM((ROWS, config.tile), q.dtype, transforms=swizzled)
+        if interpret
+        else None,
+        "q_barrier": plgpu.Barrier(),
+        "k_barriers": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
+        "v_barriers": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
+    }
+    body = functools.partial(
+        _decode_body,
+        config=config,
+        group=G,
+        queries=Q,
+        row_stride=stride,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        partial=partial,
+    )
+    outputs = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(splits, KV, S),
+        grid_names=("split", "head", "sequence"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+        kernel_name="paged_attention_decode",
+    )(rows, k_cache, v_cache, block_tables, query_start_loc, seq_lens)
+    if not partial:
+        return outputs[0]
+
+    # Each split is normalized by itself; its weight is its share of the sum of exponentials.
+    out, lse = outputs
+    first = (stride * jnp.arange(KV)) % 8
+    lse = lse[:, :, jnp.arange(KV)[:, None], first[:, None] + jnp.arange(Q * G)]
+    weight = jnp.exp2(lse - lse.max(1, keepdims=True))[..., None]
+    out = (out * weight).sum(1) / weight.sum(1)  # [S, KV, Q * G, D]
+    if Q == 1:
+        return out.reshape(T, H, D).astype(q.dtype)
+    out = jnp.moveaxis(out.reshape(S, KV, Q, G, D), 2, 1)
+    token = jnp.arange(T)
+    owner = jnp.minimum(jnp.searchsorted(query_start_loc[1:], token, side="right"), S - 1)
+    return out[owner, (token - query_start_loc[owner]) % Q].reshape(T, H, D).astype(q.dtype)
+
+
+def _decode_body(
+    q_gmem,  # [S, rows, D]
+    k_gmem,  # [blocks, KV, block_size, D]
+    v_gmem,  # [blocks, KV, block_size, D]
+    tables_gmem,  # [S, B]
+    starts_gmem,  # [S + 1]
+    lens_gmem,  # [S]
+    out_gmem,  # [T, H, D], or [S, splits, KV, Q * G, D] when partial
+    *refs,  # [S, splits, KV, ROWS] logarithms of the sums when partial
+    config: Config,
+    group: int,
+    queries: int,
+    row_stride: int,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    partial: bool,
+    q_smem,
+    tiles_smem,
+    lse_smem,
+    p_smem,
+    q_barrier,
+    k_barriers,
+    v_barriers,
+):
+    (k_smem, v_smem), out_smem = tiles_smem
+    D, block_size, _B = q_gmem.shape[2], k_gmem.shape[2], tables_gmem.shape[1]
+    tile, stages = config.tile, config.stages
+    dtype = q_smem.dtype
+    split, head = lax.axis_index("split"), lax.axis_index("head")
+    sequence = lax.axis_index("sequence")
+
+    # Rows are loaded from the multiple of 8 below the first one of this head group.
+    first_row = head * row_stride
+    offset = lax.rem(first_row, 8)
+    loaded = -(-queries * group // 8) * 8
+    plgpu.copy_gmem_to_smem(
+        q_gmem.at[sequence, pl.ds(pl.multiple_of(first_row - offset, 8), loaded)],
+        q_smem.at[pl.ds(0, loaded)],
+        q_barrier,
+    )
+
+    length = lens_gmem[sequence]
+    start = starts_gmem[sequence]
+    query_len = 1 if queries == 1 else starts_gmem[sequence + 1] - start
+    last_tile = lax.div(length + (tile - 1), tile)
+    first_tile = 0
+    if sliding_window is not None:
+        lowest = length - query_len - (sliding_window - 1)
+        first_tile = lax.div(jnp.maximum(lowest, 0), tile)
+    share = lax.div(last_tile - first_tile + (config.splits - 1), config.splits)
+    begin = first_tile + split * share
+    steps = jnp.clip(last_tile - begin, 0, share)
+    last_block = jnp.maximum(lax.div(length + (block_size - 1), block_size) - 1, 0)
+
+    def fetch(step, slot, cache_gmem, tile_smem, barriers):
+        """Start the copies of one tile; past the end its last block comes again, for nothing."""
+        for i in range(tile // block_size):
+            index = jnp.minimum((begin + step) * (tile // block_size) + i, last_block)
+            plgpu.copy_gmem_to_smem(
+                cache_gmem.at[tables_gmem[sequence, index], head],
+                tile_smem.at[slot, pl.ds(i * block_size, block_size)],
+                barriers.at[slot],
+            )
+
+    for i in range(stages):
+
+        @pl.when(i < steps)
+        def _(i=i):
+            fetch(i, i, k_gmem, k_smem, k_barriers)
+            fetch(i, i, v_gmem, v_smem, v_barriers)
+
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
+    row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), by_row)
+    row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
+    plgpu.barrier_wait(q_barrier)
+
+    def step(i, carry):
+        acc, row_max, row_sum = carry
+        slot = lax.rem(i, jnp.int32(stages))
+        key = (begin + i) * tile  # position of the tile's first key
+
+        plgpu.barrier_wait(k_barriers.at[slot])
+
+        def qk(scores):
+            plgpu.wgmma(scores, q_smem, k_smem.at[slot].transpose((1, 0)))
+            return scores[...]
+
+        scores = pl.run_scoped(qk, plgpu.ACC((ROWS, tile), jnp.float32))
+
+        @pl.when(i + stages < steps)
+        def _():
+            fetch(i + stages, slot, k_gmem, k_smem, k_barriers)
+
+        if soft_cap is None:
+            scores = scores * (scale * LOG2E)
+        else:
+            scores = jnp.tanh(scores * (scale / soft_cap)) * (soft_cap * LOG2E)
+        position = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=plgpu.Layout.WGMMA) + (
+            key - length
+        )  # from the end of the sequence, negative
+        if queries == 1:
+            visible = position < 0
+            if sliding_window is not None:
+                visible &= position >= -sliding_window
+        else:
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row) - offset
+            query = lax.broadcast_in_dim(lax.div(row, group) - query_len, position.shape, [0])
+            visible = position <= query
+            if sliding_window is not None:
+                visible &= position > query - sliding_window
+        scores = jnp.where(visible, scores, MASKED)
+
+        new_max = jnp.maximum(row_max, scores.max(axis=1))
+        decay = jnp.exp2(row_max - new_max)
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_max, scores.shape, [0]))
+        row_sum = row_sum * decay + weights.sum(axis=1)
+        weights = weights.astype(dtype)
+
+        plgpu.barrier_wait(v_barriers.at[slot])
+
+        @pl.when(key + tile > length)
+        def _():
+            # What lies past the end may be NaN, which a weight of 0 does not silence.
+            values = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA)
+            index = plgpu.broadcasted_iota(jnp.int32, (tile, D), 0, layout=plgpu.Layout.WGMMA)
+            v_smem[slot] = jnp.where(index < length - key, values, jnp.zeros_like(values))
+            plgpu.commit_smem()
+
+        if p_smem is not None:
+            p_smem[...] = weights
+            plgpu.commit_smem()
+
+        def pv(product):
+            plgpu.wgmma(product, weights if p_smem is None else p_smem, v_smem.at[slot])
+            return product[...]
+
+        product = pl.run_scoped(pv, plgpu.ACC((ROWS, D), jnp.float32))
+        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0]) + product
+
+        @pl.when(i + stages < steps)
+        def _():
+            fetch(i + stages, slot, v_gmem, v_smem, v_barriers)
+
+        return acc, new_max, row_sum
+
+    acc, row_max, row_sum = lax.fori_loop(0, steps, step, (acc, row_max, row_sum))
+
+    row_sum = jnp.maximum(row_sum, 1e-30)
+    acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
+    out_smem[...] = acc.astype(out_smem.dtype)
+    if partial:
+        lse_smem[...] = row_max + jnp.log2(row_sum)
+    plgpu.commit_smem()
+    if partial:
+        plgpu.copy_smem_to_gmem(
+            out_smem.at[pl.ds(offset, queries * group)], out_gmem.at[sequence, split, head]
+        )
+        plgpu.copy_smem_to_gmem(lse_smem, refs[0].at[sequence, split, head])
+    else:
+        for i in range(queries):
+
+            @pl.when(i < query_len)
+            def _(i=i):
+                plgpu.copy_smem_to_gmem(
+                    out_smem.at[pl.ds(offset + i * group, group)],
+                    out_gmem.at[start + i, pl.ds(head * group, group)],
+                )
+
+    plgpu.wait_smem_to_gmem(0)

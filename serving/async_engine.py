@@ -1,0 +1,202 @@
+"""`AsyncEngine`: the engine in a thread of its own, for programs that run an event loop.
+
+The thread owns the engine and everything behind it; the event loop talks to it through an inbox of
+calls, and it answers through one mailbox a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from arctic_jax.config import DEFAULT_MODEL, EngineConfig
+from arctic_jax.engine.core import EngineCore
+from arctic_jax.errors import EngineDeadError
+from arctic_jax.llm import Prompt, parse_prompt
+from arctic_jax.progress import bars
+from arctic_jax.request import RequestOutput, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncEngine:
+    """A language model that serves many requests at once.
+
+    Args:
+        model: see `LLM`.
+        progress: see `LLM`.
+        engine: one that exists already, instead of `model` and `options`.
+        options: see `LLM`.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        progress: bool = False,
+        engine: EngineCore | None = None,
+        **options: Any,
+    ) -> None:
+        if engine is None:
+            config = EngineConfig.from_keywords(model=str(model), **options)
+            with bars(progress) as report:
+                engine = EngineCore(config, report)
+        self.engine = engine
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._mailboxes: dict[str, _Mailbox] = {}  # touched by the engine's thread only
+        self._ids = itertools.count()
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="arctic-jax-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the state of a request until it is finished.
+
+        States that a slow reader did not fetch in time are skipped: each holds everything so far.
+        Leaving the iterator early aborts the request.
+
+        Raises:
+            InvalidRequestError: the prompt or a parameter is out of range.
+            EngineDeadError: the engine has failed or was shut down.
+        """
+        params = sampling_params or self.engine.default_sampling_params()
+        request_id = request_id or f"request-{next(self._ids)}"
+        text, ids, salt = await asyncio.to_thread(parse_prompt, prompt, self.engine)
+        mailbox = _Mailbox(asyncio.get_running_loop())
+
+        def add() -> None:
+            self.engine.add_request(request_id, ids, params, text, priority, salt)
+            self._mailboxes[request_id] = mailbox
+
+        await self._call(add)
+        try:
+            while True:
+                output = await mailbox.fetch()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            if self._death is None:
+                self._inbox.put(lambda: self._abort(request_id, mailbox))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request now; its iterator yields a last state. Unknown ids are ignored."""
+        await self._call(lambda: self._abort(request_id))
+
+    async def check_health(self) -> None:
+        """Return if the engine answers.
+
+        Raises:
+            EngineDeadError: it has failed or was shut down.
+        """
+        await self._call(lambda: None)
+
+    def shutdown(self) -> None:
+        """Stop the engine; running requests end with `EngineDeadError`."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    async def _call(self, function: Callable[[], None]) -> None:
+        """Run a function in the engine's thread, between two steps."""
+        if self._death is not None:
+            raise EngineDeadError(str(self._death)) from self._death
+        done: Future[None] = Future()
+
+        def call() -> None:
+            try:
+                function()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._inbox.put(call)
+        waiting = asyncio.wrap_future(done)
+        while not done.done():
+            await asyncio.wait((waiting,), timeout=1.0)
+            if self._death is not None and not done.done():
+                raise EngineDeadError(str(self._death)) from self._death
+        await waiting
+
+    def _abort(self, request_id: str, mailbox: _Mailbox | None = None) -> None:
+        if mailbox is not None and self._mailboxes.get(request_id) is not mailbox:
+            return  # the request has ended, and its id may be somebody else's by now
+        output = self.engine.abort(request_id)
+        if output is not None:
+            self._deliver(output)
+
+    def _run(self) -> None:
+        """Serve until told to stop: the engine thread's whole life."""
+        try:
+            while True:
+                if not self._drain():
+                    raise EngineDeadError("the engine was shut down")
+                for output in self.engine.step():
+                    self._deliver(output)
+        except BaseException as error:
+            if not isinstance(error, EngineDeadError):
+                logger.exception("the engine has failed")
+            self._death = error
+            for mailbox in self._mailboxes.values():
+                mailbox.put(error)
+            self._mailboxes.clear()
+
+    def _drain(self) -> bool:
+        """Do what is in the inbox, waiting for something if the engine is idle; stop on `None`."""
+        block = not self.engine.has_requests
+        while True:
+            try:
+                call = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            if call is None:
+                return False
+            call()
+            block = not self.engine.has_requests
+
+    def _deliver(self, output: RequestOutput) -> None:
+        mailbox = self._mailboxes.get(output.request_id)
+        if mailbox is None:
+            return
+        if output.finished:
+            del self._mailboxes[output.request_id]
+        mailbox.put(output)
+
+
+class _Mailbox:
+    """The newest state of one request, handed from the engine's thread to an event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._arrived = asyncio.Event()
+        self._newest: RequestOutput | BaseException | None = None
+
+    def put(self, item: RequestOutput | BaseException) -> None:
+        """Replace what is in the box; called by the engine's thread."""
+        self._newest = item
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def fetch(self) -> RequestOutput:
+        """Wait for something newer than what was fetched before."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        item = self._newest
+        if isinstance(item, BaseException):
+            raise EngineDeadError(str(item)) from item
+        if item is None:
+            raise EngineDeadError("the mailbox was opened without a letter")
+        return item

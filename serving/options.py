@@ -1,0 +1,134 @@
+"""What every command shares: the engine's options, and how errors are shown. No heavy imports."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from arctic_jax.config import CacheConfig, LoadConfig, ParallelConfig
+
+if TYPE_CHECKING:
+    from arctic_jax import LLM
+
+PANEL = "Engine options"
+
+stdout = Console(soft_wrap=True, highlight=False)
+"""For results; whole lines, so that a pipe gets what a terminal shows."""
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+"""For everything else: errors, hints, timings."""
+
+
+def _option(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=PANEL)
+
+
+def engine_options(
+    model: Annotated[
+        str, _option("--model", "-m", help="An alias, a folder, a GGUF file, or a hub id.")
+    ] = LoadConfig.model,
+    tokenizer: Annotated[
+        str | None, _option(help="A folder or hub id, if the model's own is not wanted.")
+    ] = None,
+    dtype: Annotated[
+        str, _option(help="float32, bfloat16, float16; auto is float32 on a CPU.")
+    ] = LoadConfig.dtype,
+    load_format: Annotated[
+        str, _option(help="auto; dummy gives random weights, for benchmarks.")
+    ] = LoadConfig.load_format,
+    max_model_len: Annotated[
+        int | None, _option(help="Longest sequence; by default what the model was made for.")
+    ] = None,
+    max_num_seqs: Annotated[int | None, _option(help="Requests that run at once.")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, _option(help="Tokens of one step, prompts and decode together.")
+    ] = None,
+    block_size: Annotated[
+        int, _option(help="Tokens of one block of the key/value cache.")
+    ] = CacheConfig.block_size,
+    num_blocks: Annotated[
+        int | None, _option(help="Blocks of the cache; by default what the memory holds.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, _option(help="Share of a GPU's memory to use.")
+    ] = CacheConfig.gpu_memory_utilization,
+    prefix_caching: Annotated[
+        bool,
+        _option("--prefix-caching/--no-prefix-caching", help="Keep blocks of shared prefixes."),
+    ] = CacheConfig.enable_prefix_caching,
+    tensor_parallel_size: Annotated[
+        int, _option("--tensor-parallel-size", "-tp", help="Devices that split the weights.")
+    ] = ParallelConfig.tensor_parallel_size,
+    ulysses_sequence_parallel_size: Annotated[
+        int, _option(help="Devices that split the tokens.")
+    ] = ParallelConfig.ulysses_sequence_parallel_size,
+    implementation: Annotated[
+        str | None, _option(help="Of every kernel: xla or mosaic_gpu; by default the best here.")
+    ] = LoadConfig.implementation,
+    seed: Annotated[
+        int | None, _option(help="Of sampling, of random prompts and of dummy weights.")
+    ] = None,
+) -> dict[str, Any]:
+    """Return the options under the names `LLM(...)` takes."""
+    keywords = dict(locals())
+    keywords["enable_prefix_caching"] = keywords.pop("prefix_caching")
+    if seed is None:
+        del keywords["seed"]
+    return keywords
+
+
+def make_llm(engine: dict[str, Any]) -> "LLM":
+    """Build the engine, with a progress bar for download, load and compile."""
+    from arctic_jax import LLM
+
+    return LLM(**engine)
+
+
+def command[**P](app: typer.Typer, name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Register a function as a command of `app`, with `--debug` and its errors shown as one line.
+
+    A parameter called `engine` stands for all of `engine_options` and receives its result.
+    """
+
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        own = inspect.signature(function).parameters
+        shared = inspect.signature(engine_options).parameters if "engine" in own else {}
+        debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback.")]
+        parameters = {
+            **{n: p for n, p in own.items() if n != "engine"},
+            **shared,
+            "debug": inspect.Parameter(
+                "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=debug
+            ),
+        }
+
+        @functools.wraps(function)
+        def run(*, debug: bool, **values: Any) -> None:
+            arguments = {n: v for n, v in values.items() if n in own}
+            if shared:
+                arguments["engine"] = engine_options(**{n: values[n] for n in shared})
+            try:
+                function(**arguments)  # type: ignore[call-arg]
+            except KeyboardInterrupt:
+                raise typer.Exit(130) from None
+            except (ValueError, OSError) as error:  # what arctic_jax.errors derives from, and files
+                if debug:
+                    raise
+                _show(error)
+                raise typer.Exit(2) from None
+
+        keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+        run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in keyword_only}
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+def _show(error: Exception) -> None:
+    message = " ".join(str(error).split()) or type(error).__name__
+    stderr.print(Text(f"error: {message}", style="bold red"))

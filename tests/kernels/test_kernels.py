@@ -1,0 +1,105 @@
+"""Every kernel folder: implementation by case, against the float64 formula of its `cases.py`.
+
+Four tiers: the XLA implementation on any back end, the body of the Mosaic kernel in the GPU
+interpreter, the Mosaic kernel lowered for CUDA without a GPU, and (marked `gpu`) the kernel itself.
+A folder that appears under `pallas_kernels/` is found here; there is nothing to register.
+"""
+
+import functools
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from arctic_jax import pallas_kernels
+from arctic_jax.pallas_kernels import dispatch
+
+ROOT = pathlib.Path(next(iter(pallas_kernels.__path__)))
+OPERATIONS = sorted(path.parent.name for path in ROOT.glob("*/cases.py"))
+
+
+def modules(operation):
+    package = f"{pallas_kernels.__name__}.{operation}"
+    op = importlib.import_module(f"{package}.op")
+    return getattr(op, operation), op, importlib.import_module(f"{package}.cases")
+
+
+def unsupported(operation, case):
+    """Why the Mosaic kernel does not take a case, or None."""
+    _, op, cases = modules(operation)
+    keywords = {}
+
+    def arrays():
+        arguments, more = cases.inputs(case)
+        keywords.update(more)
+        return arguments
+
+    return op.mosaic_gpu_unsupported(*jax.eval_shape(arrays), **keywords)
+
+
+CASES = [
+    pytest.param(operation, case, id=f"{operation}-{case.name}")
+    for operation in OPERATIONS
+    for case in modules(operation)[2].CASES
+    if "ci" in case.tags
+]
+
+
+def check(operation, case, implementation, poison, seed=1):
+    """Run one case and compare it with the formula."""
+    function, _, cases = modules(operation)
+    arguments, keywords = cases.inputs(case, seed=seed, poison=poison)
+    call = functools.partial(function, **keywords, implementation=implementation)
+    # A new function object, since what is traced depends on the interpreter being on.
+    output = jax.block_until_ready(jax.jit(lambda *a: call(*a))(*arguments))
+    want = cases.expected(case, arguments, keywords)
+    want = want if isinstance(want, tuple) else (want,)
+    for actual, wanted in zip(cases.comparable(case, output, arguments), want, strict=True):
+        defined = ~np.isnan(wanted)
+        error = np.abs(actual - wanted)[defined] / (1 + np.abs(wanted[defined]))
+        assert error.max(initial=0.0) <= cases.TOLERANCE[case.dtype], f"{error.max()=}"
+
+
+@pytest.mark.parametrize(("operation", "case"), CASES)
+def test_xla_is_the_formula(operation, case):
+    # The specification multiplies weights of 0 with the values past a sequence's end, which are
+    # old but finite numbers in a real cache. So they are large here, and NaN for the kernels.
+    check(operation, case, "xla", poison=1e4)
+
+
+@pytest.mark.parametrize(("operation", "case"), CASES)
+def test_mosaic_body_in_the_interpreter(operation, case):
+    with dispatch.interpret(detect_races=case.race_detection):
+        if unsupported(operation, case):
+            with pytest.raises(ValueError, match="mosaic_gpu"):
+                check(operation, case, "mosaic_gpu", poison=np.nan)
+        else:
+            check(operation, case, "mosaic_gpu", poison=np.nan)
+
+
+@pytest.mark.parametrize(("operation", "case"), CASES)
+def test_mosaic_lowers_for_cuda(operation, case, monkeypatch):
+    monkeypatch.setattr(dispatch, "mosaic_gpu_unavailable", lambda: None)
+    if unsupported(operation, case):
+        pytest.skip("goes to XLA")
+    function, _, cases = modules(operation)
+    arguments, keywords = cases.inputs(case)
+    call = functools.partial(function, **keywords, implementation="mosaic_gpu")
+    lowered = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("operation", "case"), CASES)
+def test_mosaic_on_the_gpu(operation, case, seed):
+    if reason := dispatch.mosaic_gpu_unavailable():
+        pytest.skip(reason)
+    if not unsupported(operation, case):
+        check(operation, case, "mosaic_gpu", poison=np.nan, seed=seed)
+
+
+def test_every_operation_has_cases():
+    assert sorted(path.parent.name for path in ROOT.glob("*/op.py")) == OPERATIONS
