@@ -7,6 +7,7 @@ program costs host time; the program unpacks it by static offsets.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -230,6 +231,9 @@ class ForwardBatch:
     max_query_len: int
 
 
+# Words between the beginnings of packed fields: a kernel may get a field as a piece of the packed
+# array, without a copy, and wants it aligned to 256 bytes.
+_ALIGNMENT = 64
 _FLOATS = frozenset(
     {
         "temperature",
@@ -257,32 +261,37 @@ def _shapes(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _layout(bucket: Bucket, max_blocks: int) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+    """Return each field's offset and shape, and the size of the whole, in int32 words."""
+    offsets, size = {}, 0
+    for name, shape in _shapes(bucket, max_blocks).items():
+        offsets[name] = (size, shape)
+        size += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return offsets, size
+
+
 def packed_size(bucket: Bucket, max_blocks: int) -> int:
     """Int32 words of a packed batch."""
-    return sum(int(np.prod(shape)) for shape in _shapes(bucket, max_blocks).values())
+    return _layout(bucket, max_blocks)[1]
 
 
 def host_views(
     packed: np.ndarray[tuple[int], np.dtype[np.int32]], bucket: Bucket, max_blocks: int
 ) -> dict[str, np.ndarray]:
     """Views into a packed host array, one a field, of the field's shape and type."""
-    views, start = {}, 0
-    for name, shape in _shapes(bucket, max_blocks).items():
-        size = int(np.prod(shape))
-        view = packed[start : start + size].reshape(shape)
+    views = {}
+    for name, (start, shape) in _layout(bucket, max_blocks)[0].items():
+        view = packed[start : start + math.prod(shape)].reshape(shape)
         views[name] = view.view(np.float32) if name in _FLOATS else view
-        start += size
     return views
 
 
 def unpack(packed: Array, bucket: Bucket, max_blocks: int) -> ForwardBatch:
     """Rebuild the batch inside the program."""
-    values, start = {}, 0
-    for name, shape in _shapes(bucket, max_blocks).items():
-        size = int(np.prod(shape))
-        value = packed[start : start + size].reshape(shape)
+    values = {}
+    for name, (start, shape) in _layout(bucket, max_blocks)[0].items():
+        value = packed[start : start + math.prod(shape)].reshape(shape)
         values[name] = lax.bitcast_convert_type(value, jnp.float32) if name in _FLOATS else value
-        start += size
     return ForwardBatch(**values, max_query_len=bucket.max_query_len)
 
 
@@ -322,3 +331,39 @@ class StepOutput:
     rank: Array
     top_token_ids: Array
     top_logprobs: Array
+
+    def pack(self) -> Array:
+        """Put everything into one int32 array `[R, 4 + 2L]`: each array read costs host time."""
+        floats = [self.logprob[:, None], self.top_logprobs]
+        ints = [self.token_ids[:, None], self.finite[:, None], self.rank[:, None]]
+        words = [lax.bitcast_convert_type(x, jnp.int32) for x in floats]
+        return jnp.concatenate(
+            [*(x.astype(jnp.int32) for x in ints), self.top_token_ids, *words], 1
+        )
+
+
+@dataclass(frozen=True)
+class HostOutput:
+    """A `StepOutput` on the host, without the rows that were padding; the same names."""
+
+    token_ids: np.ndarray
+    finite: np.ndarray
+    rank: np.ndarray
+    top_token_ids: np.ndarray
+    logprob: np.ndarray
+    top_logprobs: np.ndarray
+
+    @staticmethod
+    def unpack(packed: np.ndarray, rows: int) -> HostOutput:
+        """Take `StepOutput.pack` apart."""
+        packed = packed[:rows]
+        most = (packed.shape[1] - 4) // 2
+        floats = np.ascontiguousarray(packed[:, 3 + most :]).view(np.float32)
+        return HostOutput(
+            token_ids=packed[:, 0],
+            finite=packed[:, 1] > 0,
+            rank=packed[:, 2],
+            top_token_ids=packed[:, 3 : 3 + most],
+            logprob=floats[:, 0],
+            top_logprobs=floats[:, 1:],
+        )

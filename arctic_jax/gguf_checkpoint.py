@@ -91,6 +91,7 @@ class GGUFCheckpoint:
                 )
             self._names[_hf_name(stored)] = stored
         self._config = self._read_config()
+        self._head_dim = self._config["head_dim"]
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of this name."""
@@ -135,6 +136,8 @@ class GGUFCheckpoint:
         start, stop, step = columns.indices(info.shape[-1])
         first, last = start // block, -(-stop // block)  # whole blocks around the columns
         raw = np.ascontiguousarray(raw[rows, first * size : max(last, first) * size])
+        if not raw.size:  # which the library cannot dequantize
+            return np.zeros((len(raw), 0 if len(raw) else max(stop - start, 0)), np.float32)
         plain = _PLAIN.get(info.type)
         values = dequantize(raw, info.type) if plain is None else raw.view(plain)
         return values[:, start - first * block : max(stop, start) - first * block : step]
@@ -150,29 +153,29 @@ class GGUFCheckpoint:
         side, pair = np.divmod(row, half)  # HF: the two halves of a head; llama.cpp: pairs
         return head * 2 * half + 2 * pair + side
 
-    @property
-    def _head_dim(self) -> int:
-        head_dim = self._get("attention.key_length")
-        return int(head_dim or self._require("embedding_length") // self._heads)
-
-    @property
-    def _heads(self) -> int:
-        return int(self._require("attention.head_count"))
-
     def _get(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"{self._architecture}.{key}", default)
 
-    def _require(self, key: str) -> Any:
-        value = self._get(key)
+    def _integer(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
         if value is None:
             raise UnsupportedModelError(f"the file has no key {self._architecture}.{key}")
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if any(one != value[0] for one in value):
                 raise UnsupportedModelError(
                     f"{self._architecture}.{key} differs between layers: {value[:8]}"
                 )
-            value = value[0]
+            value = value[0] if value else None
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{self._architecture}.{key} is {value!r}, not a positive number")
         return value
+
+    def _float(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise CheckpointError(f"{self._architecture}.{key} is {value!r}, not a positive number")
+        # What was meant by a number that is stored as float32: 1e-05, not 9.99…e-06.
+        return float(str(np.float32(value)))
 
     def _read_config(self) -> dict[str, Any]:
         for key, neutral in _NEUTRAL.items():
@@ -180,38 +183,36 @@ class GGUFCheckpoint:
                 raise UnsupportedModelError(
                     f"{self._architecture}.{key} {self._get(key)!r} is not supported"
                 )
-        head_dim = self._head_dim
+        hidden, heads = self._integer("embedding_length"), self._integer("attention.head_count")
+        head_dim = self._integer("attention.key_length", hidden // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if (value := self._get(key, head_dim)) != head_dim:
                 raise UnsupportedModelError(
                     f"{self._architecture}.{key} {value} differs from the key length {head_dim}"
                 )
-        context = int(self._require("context_length"))
+        context = self._integer("context_length")
         config = {
             "architectures": [ARCHITECTURES[self._architecture]],
             "model_type": self._architecture,
             "vocab_size": self.shape("model.embed_tokens.weight")[0],
-            "hidden_size": int(self._require("embedding_length")),
-            "intermediate_size": int(self._require("feed_forward_length")),
-            "num_hidden_layers": int(self._require("block_count")),
-            "num_attention_heads": self._heads,
-            "num_key_value_heads": int(
-                self._require("attention.head_count_kv")
-                if self._get("attention.head_count_kv") is not None
-                else self._heads
-            ),
+            "hidden_size": hidden,
+            "intermediate_size": self._integer("feed_forward_length"),
+            "num_hidden_layers": self._integer("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._integer("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": context,
-            "rms_norm_eps": _decimal(self._require("attention.layer_norm_rms_epsilon")),
+            "rms_norm_eps": self._float("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "lm_head.weight" not in self,
-            "rope_parameters": self._rope(context),
+            "rope_parameters": self._rope(context, head_dim),
             "dtype": self._dtype(),
         }
         if self._architecture == "llama":
             config |= self._biases()
-        window = self._get("attention.sliding_window")
-        if window and window < context:
+        stated = self._get("attention.sliding_window")  # absent or 0: none
+        window = self._integer("attention.sliding_window") if stated else context
+        if window < context:
             if self._architecture != "llama":
                 # The file does not say which layers have it.
                 raise UnsupportedModelError(
@@ -220,7 +221,7 @@ class GGUFCheckpoint:
             config |= {
                 "architectures": ["MistralForCausalLM"],
                 "model_type": "mistral",
-                "sliding_window": int(window),
+                "sliding_window": window,
             }
         return config | token_ids(self._metadata)
 
@@ -244,20 +245,20 @@ class GGUFCheckpoint:
         names = {_Type.F16: "float16", _Type.BF16: "bfloat16"}
         return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
-    def _rope(self, context: int) -> dict[str, Any]:
+    def _rope(self, context: int, head_dim: int) -> dict[str, Any]:
         rope: dict[str, Any] = {
             "rope_type": "default",
-            "rope_theta": _decimal(self._get("rope.freq_base", 10000.0)),
+            "rope_theta": self._float("rope.freq_base", 10000.0),
         }
         kind = self._get("rope.scaling.type", "none")
-        factor = _decimal(self._get("rope.scaling.factor", 1.0))
-        if linear := self._get("rope.scale_linear"):  # how older files spell it
-            kind, factor = "linear", _decimal(linear)
+        factor = self._float("rope.scaling.factor", 1.0)
+        if self._get("rope.scale_linear"):  # how older files spell it
+            kind, factor = "linear", self._float("rope.scale_linear")
         if _ROPE_FACTORS in self.file.tensors:
             if kind != "none":
                 raise UnsupportedModelError(f"{_ROPE_FACTORS} together with rope scaling {kind!r}")
             factors = self._values(_ROPE_FACTORS, slice(0, 1), ALL_ROWS)[0]
-            return rope | llama3_scaling(np.asarray(factors), rope["rope_theta"], self._head_dim)
+            return rope | llama3_scaling(np.asarray(factors), rope["rope_theta"], head_dim)
         if kind == "none" or (kind == "linear" and factor == 1.0):
             return rope
         if kind == "linear":
@@ -265,16 +266,15 @@ class GGUFCheckpoint:
         if kind == "yarn":
             if self._get("rope.scaling.attn_factor", 1.0) != 1.0:
                 raise UnsupportedModelError(f"{self._architecture}.rope.scaling.attn_factor")
-            original = int(self._get("rope.scaling.original_context_length") or context)
+            original = self._integer("rope.scaling.original_context_length", context)
             rope |= {
                 "rope_type": "yarn",
                 "factor": factor,
                 "original_max_position_embeddings": original,
             }
             for beta in ("beta_fast", "beta_slow"):
-                value = self._get(f"rope.scaling.yarn_{beta}")
-                if value is not None:
-                    rope[beta] = _decimal(value)
+                if self._get(f"rope.scaling.yarn_{beta}") is not None:
+                    rope[beta] = self._float(f"rope.scaling.yarn_{beta}")
             return rope
         raise UnsupportedModelError(
             f"{self._architecture}.rope.scaling.type {kind!r} is not supported"
@@ -333,11 +333,6 @@ def llama3_scaling(factors: np.ndarray[Any, Any], theta: float, head_dim: int) -
         "high_freq_factor": high,
         "original_max_position_embeddings": original,
     }
-
-
-def _decimal(value: float) -> float:
-    """Return what was meant by a number that the file stores as float32: 1e-05, not 9.99…e-06."""
-    return float(str(np.float32(value)))
 
 
 def _hf_name(stored: str) -> str:

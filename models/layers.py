@@ -30,6 +30,14 @@ def parameter(*shape: int, axis: str | None = None) -> nnx.Param[Array]:
     return nnx.Param(jnp.zeros(shape), axis=axis)
 
 
+def named_parameters(module: nnx.Module) -> dict[str, nnx.Param[Array]]:
+    """Return the parameters by their dotted paths, in the order of `jax.tree.leaves(module)`."""
+    found = jax.tree_util.tree_leaves_with_path(
+        module, is_leaf=lambda node: isinstance(node, nnx.Param)
+    )
+    return {jax.tree_util.keystr(path, simple=True, separator="."): p for path, p in found}
+
+
 def rotary(rope: RopeConfig, head_dim: int, positions: Array) -> tuple[Array, Array]:
     """Cosines and sines `[T, head_dim/2]` of the angles at `positions [T]`, float32.
 

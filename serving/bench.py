@@ -80,9 +80,7 @@ def throughput(
         prompts = _random_prompts(llm, num_prompts, input_len, engine.get("seed", 0))
         lengths = [output_len] * num_prompts
     else:
-        rows = [json.loads(line) for line in dataset_path.read_text().splitlines() if line.strip()]
-        prompts = [{"prompt": row["prompt"]} for row in rows[:num_prompts]]
-        lengths = [int(row.get("output_tokens") or output_len) for row in rows[:num_prompts]]
+        prompts, lengths = _read_dataset(dataset_path, num_prompts, output_len)
     params = [_fixed_length(length) for length in lengths]
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=True)
@@ -112,6 +110,15 @@ def _random_prompts(llm: "LLM", count: int, length: int, seed: int) -> list[dict
     vocabulary = len(llm.get_tokenizer())
     draw = random.Random(seed)
     return [{"prompt_token_ids": draw.choices(range(vocabulary), k=length)} for _ in range(count)]
+
+
+def _read_dataset(path: Path, count: int, length: int) -> tuple[list[str], list[int]]:
+    """Return the first prompts of a file and how many tokens each answer has."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()][:count]
+    rows = [json.loads(line) for line in lines]
+    if not rows or not all(isinstance(row, dict) and "prompt" in row for row in rows):
+        raise ValueError(f'{path} must hold lines of JSON like {{"prompt": "..."}}')
+    return [row["prompt"] for row in rows], [row.get("output_tokens") or length for row in rows]
 
 
 def _fixed_length(tokens: int) -> "SamplingParams":

@@ -70,9 +70,7 @@ def generate(
         prompts += [line.rstrip("\n") for line in lines if line.strip()]
     if not prompts:
         raise ValueError("nothing to do: give --prompt or --prompts-file")
-    llm = make_llm(engine)
-    params = _sampling(
-        llm,
+    given = _given(
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -80,6 +78,8 @@ def generate(
         stop=stop,
         seed=engine.get("seed"),
     )
+    llm = make_llm(engine)
+    params = dataclasses.replace(llm.get_default_sampling_params(), **given)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=len(prompts) > 1)
     seconds = time.perf_counter() - start
@@ -109,9 +109,7 @@ def chat(
     stop: Stop = None,
 ) -> None:
     """Talk to a model; it remembers the conversation."""
-    llm = make_llm(engine)
-    params = _sampling(
-        llm,
+    given = _given(
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -119,7 +117,9 @@ def chat(
         stop=stop,
         seed=engine.get("seed"),
     )
-    params = dataclasses.replace(params, max_tokens=max_tokens)  # None: as many as fit
+    llm = make_llm(engine)
+    given["max_tokens"] = max_tokens  # None: as many as fit
+    params = dataclasses.replace(llm.get_default_sampling_params(), **given)
     first = [{"role": "system", "content": system}] if system else []
     messages = list(first)
     with contextlib.suppress(ImportError):
@@ -185,10 +185,17 @@ def env(
     stdout.print(table)
 
 
-def _sampling(llm: "LLM", **given: Any) -> "SamplingParams":
-    """Return the model's own defaults with what was given on the command line."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(llm.get_default_sampling_params(), **chosen)
+def _given(**values: Any) -> dict[str, Any]:
+    """Return the sampling parameters that were given; the model's own defaults fill the rest.
+
+    Raises:
+        InvalidRequestError: one is out of range; better now than after the model is loaded.
+    """
+    from arctic_jax import SamplingParams
+
+    given = {name: value for name, value in values.items() if value is not None}
+    SamplingParams(**given)
+    return given
 
 
 def _as_dict(output: "RequestOutput") -> dict[str, Any]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from arctic_jax.batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.engine.detokenizer import TextStream
-from arctic_jax.engine.runner import HostOutput
 from arctic_jax.request import (
     CompletionOutput,
     Logprob,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from arctic_jax import weights
 from arctic_jax.batch import (
     Bucket,
+    HostOutput,
     ScheduledBatch,
-    StepOutput,
     bucket_ladder,
     host_views,
     packed_size,
@@ -31,6 +30,7 @@ from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
 from arctic_jax.kv_cache import KVCacheSpec
+from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted
 from arctic_jax.request import Request
@@ -40,18 +40,6 @@ from arctic_jax.weights import Checkpoint, ParameterSpec
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_ROWS = 256
-
-
-@dataclass(frozen=True)
-class HostOutput:
-    """`StepOutput` on the host, rows in the order of the scheduled requests."""
-
-    token_ids: np.ndarray
-    finite: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
-    top_token_ids: np.ndarray
-    top_logprobs: np.ndarray
 
 
 class ModelRunner:
@@ -137,15 +125,11 @@ class ModelRunner:
         self.cache, self.state, output = self.programs.run(
             self.layout, bucket, self.leaves, self.cache, self.state, packed
         )
-        return self._to_host(output, scheduled.num_rows)
+        return HostOutput.unpack(np.asarray(output), scheduled.num_rows)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
         self._rows.forget(request)
-
-    def _to_host(self, output: StepOutput, rows: int) -> HostOutput:
-        values = jax.device_get(output)
-        return HostOutput(*(getattr(values, f.name)[:rows] for f in fields(HostOutput)))
 
     def _load(
         self,
@@ -155,22 +139,21 @@ class ModelRunner:
         report: Report,
     ) -> tuple[tuple[jax.Array, ...], tuple[PartitionSpec, ...], LlamaForCausalLM]:
         """Place the weights; return them as a flat tuple, and the module with their dtypes."""
-        parameters = {}
-        for path, variable in nnx.to_flat_state(nnx.state(model)):
-            axis = variable.get_metadata().get("axis")
-            name = ".".join(str(part) for part in path)
-            partition = self.layout.partition(axis)
-            parameters[name] = ParameterSpec(variable.shape, self.dtype, partition)
+        parameters = {
+            path: ParameterSpec(
+                variable.shape, self.dtype, self.layout.partition(variable.get_metadata("axis"))
+            )
+            for path, variable in named_parameters(model).items()
+        }
         advance = counted(report, "Loading weights", len(parameters))
         if checkpoint is None:
             placed = weights.random(parameters, self.mesh, config.load.seed, advance)
         else:
             sources = model.weight_sources()
             placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
-        names = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(model)]
-        partitions = tuple(parameters[name].partition for name in names)
+        partitions = tuple(spec.partition for spec in parameters.values())
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
-        return tuple(placed[name] for name in names), partitions, abstract
+        return tuple(placed[path] for path in parameters), partitions, abstract
 
     def _compile(self, report: Report) -> None:
         advance = counted(report, "Compiling step programs", len(self.buckets))
@@ -300,9 +283,3 @@ def _compute_dtype(dtype: str, model_config: ModelConfig) -> jnp.dtype:
         stored = model_config.checkpoint_dtype
         dtype = "bfloat16" if stored == "float32" else stored
     return jnp.dtype(dtype)
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    """Dotted parameter path of a tree path, without the variable's own `value`."""
-    names = [str(getattr(k, "name", getattr(k, "idx", getattr(k, "key", "")))) for k in keys]
-    return ".".join(names[:-1])

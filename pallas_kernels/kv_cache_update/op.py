@@ -47,7 +47,7 @@ def kv_cache_update(
         raise ValueError(f"{slot_mapping.shape=} and {cos.shape=} do not fit {k.shape=}")
     arrays = (k, v, cos, sin, k_cache, v_cache, slot_mapping)
     reason = mosaic_gpu_unsupported(*arrays)
-    preferred = "xla"  # until an H200 shows otherwise
+    preferred = "xla" if reason else "mosaic_gpu"
     chosen = dispatch.resolve("kv_cache_update", implementation, preferred)
     if chosen == "xla":
         return reference.kv_cache_update(*arrays)

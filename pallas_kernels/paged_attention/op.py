@@ -70,7 +70,7 @@ def paged_attention(
         "soft_cap": soft_cap,
     }
     reason = mosaic_gpu_unsupported(*arrays, **options)
-    preferred = "xla"  # until an H200 shows otherwise
+    preferred = "xla" if reason else "mosaic_gpu"
     chosen = dispatch.resolve("paged_attention", implementation, preferred)
     if chosen == "xla":
         return reference.paged_attention(*arrays, **options)
