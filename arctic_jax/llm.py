@@ -230,8 +230,8 @@ def parse_prompt(
 def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """Tell one prompt from many: a list of integers is one prompt of token ids."""
     if isinstance(prompts, str | Mapping):
-        return [prompts]
-    many = list(prompts)
+        return [prompts]  # pyright: ignore[reportReturnType]
+    many: list[Any] = list(prompts)
     if many and all(isinstance(p, numbers.Integral) for p in many):
-        return [many]  # pyright: ignore[reportReturnType]
-    return many  # pyright: ignore[reportReturnType]
+        return [many]
+    return many
