@@ -1,16 +1,13 @@
-"""What is stored fits what makes it: the same weights, the same cases, the same token ids."""
+"""What is stored fits what makes it: the same weights, whole arrays."""
 
 import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors.numpy import load_file
 
-from arctic_jax import hub
 from arctic_jax.testing import TINY_LLAMA, write_checkpoint
-from arctic_jax.tokenizer import load_tokenizer
 
 GOLDENS = Path(__file__).with_name("goldens")
 
@@ -34,17 +31,3 @@ def test_shapes_of_the_greedy_goldens():
     assert (greedy["margins"] > 1e-4).all()
     sizes = [len(prompt["token_ids"]) for prompt in prompts]
     assert (min(sizes), max(sizes)) == (3, 798)
-
-
-def test_prompts_have_the_same_token_ids():
-    model = hub.cache_directory() / hub.SMOLLM2.directory
-    if not model.is_dir():
-        pytest.skip("the default model is not in the cache")
-    tokenizer = load_tokenizer(model)
-    for prompt in json.loads((GOLDENS / "smollm2_prompts.json").read_text("utf-8")):
-        if "messages" in prompt:
-            ids = tokenizer.apply_chat_template(prompt["messages"])
-        else:
-            ids = tokenizer.encode(prompt["text"])
-        assert ids == prompt["token_ids"]
-        assert tokenizer.decode(ids, skip_special_tokens=False) or not ids

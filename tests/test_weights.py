@@ -76,9 +76,9 @@ def test_gate_and_up(checkpoint):
 def test_load_places_and_casts(checkpoint):
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("tp", "sp"))
     spec = ParameterSpec((FFN, HIDDEN), jnp.dtype(jnp.bfloat16), PartitionSpec(("tp", "sp")))
-    loaded = []
-    placed = load({"w": spec}, {"w": Rows("up")}, checkpoint, mesh, lambda: loaded.append("one"))
-    assert loaded == ["one"]
+    loaded: list[int] = []
+    placed = load({"w": spec}, {"w": Rows("up")}, checkpoint, mesh, lambda: loaded.append(1))
+    assert loaded == [1]
     np.testing.assert_array_equal(
         jax.device_get(placed["w"]), TENSORS["up"].astype(jnp.dtype(jnp.bfloat16))
     )
