@@ -199,6 +199,7 @@ class ForwardBatch:
         logit_rows: `[R]` tokens whose logits are wanted.
         row_seq: `[R]` the sequence of each row.
         row_target: `[R]` the token whose log-probability is reported; -1 for the one drawn.
+            Padding has target 0, so that its draws count for nobody.
         row_step: `[R]` how many tokens were drawn before: with `seed` it makes the random key.
         state_row: `[S]` row of the sampler's state, or -1 if logits are not adjusted.
         temperature: `[S]`, and so on for the other sampling parameters.
@@ -330,3 +331,39 @@ class StepOutput:
     rank: Array
     top_token_ids: Array
     top_logprobs: Array
+
+    def pack(self) -> Array:
+        """Put everything into one int32 array `[R, 4 + 2L]`: each array read costs host time."""
+        floats = [self.logprob[:, None], self.top_logprobs]
+        ints = [self.token_ids[:, None], self.finite[:, None], self.rank[:, None]]
+        words = [lax.bitcast_convert_type(x, jnp.int32) for x in floats]
+        return jnp.concatenate(
+            [*(x.astype(jnp.int32) for x in ints), self.top_token_ids, *words], 1
+        )
+
+
+@dataclass(frozen=True)
+class HostOutput:
+    """A `StepOutput` on the host, without the rows that were padding; the same names."""
+
+    token_ids: np.ndarray
+    finite: np.ndarray
+    rank: np.ndarray
+    top_token_ids: np.ndarray
+    logprob: np.ndarray
+    top_logprobs: np.ndarray
+
+    @staticmethod
+    def unpack(packed: np.ndarray, rows: int) -> HostOutput:
+        """Take `StepOutput.pack` apart."""
+        packed = packed[:rows]
+        most = (packed.shape[1] - 4) // 2
+        floats = np.ascontiguousarray(packed[:, 3 + most :]).view(np.float32)
+        return HostOutput(
+            token_ids=packed[:, 0],
+            finite=packed[:, 1] > 0,
+            rank=packed[:, 2],
+            top_token_ids=packed[:, 3 : 3 + most],
+            logprob=floats[:, 0],
+            top_logprobs=floats[:, 1:],
+        )

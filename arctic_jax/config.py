@@ -7,11 +7,14 @@ back.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from arctic_jax.errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -158,6 +161,7 @@ class LoadConfig:
         _one_of("dtype", self.dtype, ("auto", *DTYPES))
         _one_of("load_format", self.load_format, ("auto", "dummy"))
         _positive("max_model_len", self.max_model_len)
+        _integer("seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -195,8 +199,8 @@ class CacheConfig:
         _positive("num_blocks", self.num_blocks)
         for name in ("gpu_memory_utilization", "cpu_memory_share"):
             share = getattr(self, name)
-            if not 0 < share <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {share}")
+            if isinstance(share, str | bool | None) or not 0 < share <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {share!r}")
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,7 @@ class SchedulerConfig:
         _positive("max_num_seqs", self.max_num_seqs)
         _positive("max_num_batched_tokens", self.max_num_batched_tokens)
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        _integer("max_logprobs", self.max_logprobs)
         if self.max_logprobs < 0:
             raise ValueError(f"max_logprobs must not be negative, got {self.max_logprobs}")
 
@@ -231,6 +236,8 @@ class EngineConfig:
     def from_keywords(cls, **keywords: Any) -> EngineConfig:
         """Build from the flat names that `LLM(...)` and the command line use.
 
+        Options of vLLM's that have no counterpart because nothing depends on them are let pass.
+
         Raises:
             TypeError: a name is unknown.
             ValueError: a value is out of range.
@@ -239,6 +246,8 @@ class EngineConfig:
         for part, kind in _PARTS.items():
             names = [f.name for f in fields(kind)]
             parts[part] = kind(**{n: keywords.pop(n) for n in names if n in keywords})
+        for name in _WITHOUT_EFFECT & keywords.keys():
+            logger.warning("%s=%r has no effect here", name, keywords.pop(name))
         if keywords:
             raise TypeError(f"unknown engine option(s): {', '.join(sorted(keywords))}")
         return cls(**parts)
@@ -255,6 +264,17 @@ class EngineConfig:
         return replace(self, scheduler=scheduler)
 
 
+# Every step is one program and prompts are always chunked; code of a model's repository never runs.
+_WITHOUT_EFFECT = {
+    "disable_custom_all_reduce",
+    "disable_log_stats",
+    "enable_chunked_prefill",
+    "enforce_eager",
+    "swap_space",
+    "tokenizer_mode",
+    "trust_remote_code",
+}
+
 _PARTS = {
     "load": LoadConfig,
     "parallel": ParallelConfig,
@@ -264,8 +284,15 @@ _PARTS = {
 
 
 def _positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value is not None:
+        _integer(name, value)
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

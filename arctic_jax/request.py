@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from arctic_jax.errors import InvalidRequestError
 
@@ -18,7 +20,7 @@ MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_BAD_WORDS = 128
 MAX_LOGIT_BIAS = 1024
-_INT64 = range(-(2**63), 2**63)
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,14 @@ class SamplingParams:
 
     Attributes:
         n: answers to the same prompt, at most `MAX_N`.
-        temperature: 0 for greedy decoding, at most 2.
-        top_p: keep the most likely tokens up to this probability mass.
-        top_k: keep this many of the most likely tokens; 0 or -1 for all.
-        min_p: keep tokens at least this likely relative to the most likely one.
         presence_penalty: subtracted from the logit of a token that was generated before.
         frequency_penalty: subtracted once for each time it was generated before.
         repetition_penalty: divides a positive logit, multiplies a negative one, of a token that
             occurs in the prompt or the output.
+        temperature: 0 for greedy decoding, at most 2.
+        top_p: keep the most likely tokens up to this probability mass.
+        top_k: keep this many of the most likely tokens; 0 or -1 for all.
+        min_p: keep tokens at least this likely relative to the most likely one.
         seed: makes the draws of this request reproducible, whatever else is in the batch.
         stop: strings that end the answer; they are cut off unless `include_stop_str_in_output`.
         stop_token_ids: tokens that end the answer.
@@ -50,19 +52,18 @@ class SamplingParams:
         allowed_token_ids: only these may be generated.
     """
 
+    # In vLLM's order, for those who pass the first few by position.
     n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
     stop_token_ids: list[int] | tuple[int, ...] | None = None
-    bad_words: list[str] | tuple[str, ...] | None = None
-    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -70,6 +71,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    bad_words: list[str] | tuple[str, ...] | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: list[int] | tuple[int, ...] | None = None
 
@@ -113,17 +116,26 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 0):
                 _refuse(name, value, "must be non-negative")
-        if self.seed is not None and (not _is_int(self.seed) or self.seed not in _INT64):
+        if self.seed is not None and (
+            not _is_int(self.seed) or not -(2**63) <= int(self.seed) < 2**63
+        ):
             _refuse("seed", self.seed, "must be a 64-bit integer")
         self._check_lists()
 
     def _check_finite(self, name: str) -> None:
         value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
             _refuse(name, value, "must be a finite number")
 
     def _check_lists(self) -> None:
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+            value = getattr(self, name)
+            if name == "stop" and isinstance(value, str):
+                continue
+            if value is not None and (isinstance(value, str) or not isinstance(value, _LISTS)):
+                _refuse(name, value, "must be a list")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            _refuse("logit_bias", self.logit_bias, "must map token ids to numbers")
         stops = self.stop_strings
         if len(stops) > MAX_STOP_STRINGS:
             _refuse("stop", len(stops), f"must hold at most {MAX_STOP_STRINGS} strings")
@@ -138,7 +150,7 @@ class SamplingParams:
         if len(self.logit_bias or {}) > MAX_LOGIT_BIAS:
             _refuse("logit_bias", len(self.logit_bias or {}), f"at most {MAX_LOGIT_BIAS} entries")
         for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            if not _is_number(bias) or not -100 <= bias <= 100:
                 _refuse("logit_bias", {token: bias}, "values must be in [-100, 100]")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             _refuse("allowed_token_ids", self.allowed_token_ids, "must not be empty")
@@ -178,8 +190,16 @@ class SamplingParams:
         )
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_LISTS = (Sequence, Set)
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    """Whether it is an integer, numpy's among them; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _refuse(name: str, value: object, why: str) -> None:

@@ -15,7 +15,12 @@ import tokenizers
 
 from arctic_jax import gguf_tokenizer
 from arctic_jax.chat_template import ChatTemplateRenderer
-from arctic_jax.errors import ChatTemplateError, CheckpointError, ModelNotFoundError
+from arctic_jax.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 from arctic_jax.gguf_file import GGUFFile
 
 _advice = logging.getLogger("transformers")
@@ -54,8 +59,16 @@ class Tokenizer:
         return self.hf.bos_token_id  # pyright: ignore[reportReturnType]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Turn text into token ids."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Turn text into token ids.
+
+        Raises:
+            InvalidRequestError: it holds half a surrogate pair, as JSON can, and is no Unicode.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            message = f"the text {text!r:.100} cannot be encoded: {error}"
+            raise InvalidRequestError(message, "prompt") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Turn token ids into text."""

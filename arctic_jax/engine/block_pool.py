@@ -76,7 +76,9 @@ class BlockPool:
             return known
         size = self.block_size
         for i in range(len(known), len(token_ids) // size):
-            parent = known[i - 1] if i else self._seed + (salt or "").encode()
+            parent = (
+                known[i - 1] if i else self._seed + (salt or "").encode("utf-8", "surrogatepass")
+            )
             tokens = np.asarray(token_ids[i * size : (i + 1) * size], np.int32).tobytes()
             known.append(hashlib.sha256(parent + tokens).digest())
         return known

@@ -88,12 +88,18 @@ class EngineCore:
             raise InvalidRequestError(f"request_id {request_id!r} is already in use", "request_id")
         ids = [int(token) for token in prompt_token_ids]
         self._check(ids, params)
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidRequestError(f"priority must be an integer, got {priority!r}", "priority")
+        if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+            raise InvalidRequestError(
+                f"cache_salt must be a non-empty string, got {cache_salt!r:.100}", "cache_salt"
+            )
         room = self.max_model_len - len(ids)
         bad_words = tuple(word for w in params.bad_words or () for word in self._spellings(w))
         members = []
         for index in range(params.n):
             self._num_requests += 1
-            seed = params.seed if params.seed is not None else self._default_seed()
+            seed = self._default_seed() if params.seed is None else int(params.seed)
             request = Request(
                 request_id=request_id,
                 index=index,
@@ -154,8 +160,10 @@ class EngineCore:
 
     def default_sampling_params(self) -> SamplingParams:
         """Return the model's own defaults, from its `generation_config.json`."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
         given = {n: v for n in names if (v := self.files.generation_config.get(n)) is not None}
+        if "max_new_tokens" in given:
+            given["max_tokens"] = given.pop("max_new_tokens")
         if self.files.generation_config.get("do_sample") is False:
             given["temperature"] = 0.0
         return replace(SamplingParams(), **given)

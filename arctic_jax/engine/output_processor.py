@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from arctic_jax.batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.engine.detokenizer import TextStream
-from arctic_jax.engine.runner import HostOutput
 from arctic_jax.request import (
     CompletionOutput,
     Logprob,
@@ -86,7 +85,10 @@ class OutputProcessor:
         for row in rows:
             if not output.finite[row]:
                 position = part.end - (rows.stop - row)
-                request.error = f"the logits at position {position} are not finite numbers"
+                request.error = (
+                    f"the logits at position {position} are not finite numbers, or the request's "
+                    "parameters allow no token there"
+                )
                 return RequestStatus.FAILED
         prompt_rows = rows[: len(rows) - part.samples]
         if request.wants_prompt_rows:

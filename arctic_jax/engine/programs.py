@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
-from arctic_jax.batch import Bucket, StepOutput, packed_size, unpack
+from arctic_jax.batch import Bucket, packed_size, unpack
 from arctic_jax.engine import sampler
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.kv_cache import KVCache, KVCacheSpec
@@ -34,8 +34,8 @@ class ProgramCache:
     """`(layout, bucket)` to a compiled step; nothing else is ever a key.
 
     A step is `step(leaves, cache, state, packed) -> (cache, state, output)`, with cache and state
-    donated. `leaves` is the flat tuple of the model's parameters: rebuilding the module from it
-    happens while the program is traced, not at each call.
+    donated and `output` a packed `StepOutput`. `leaves` is the flat tuple of the model's
+    parameters: rebuilding the module from it happens while the program is traced, not at each call.
 
     Args:
         model: the module, its parameters abstract.
@@ -97,8 +97,8 @@ class ProgramCache:
         cache: KVCache,
         state: SamplerState,
         packed: np.ndarray,
-    ) -> tuple[KVCache, SamplerState, StepOutput]:
-        """Start a step; the outputs are futures."""
+    ) -> tuple[KVCache, SamplerState, Array]:
+        """Start a step; what it returns are futures, the last one a packed `StepOutput`."""
         return self._programs[layout, bucket](leaves, cache, state, packed)
 
     def set_row(
@@ -114,12 +114,12 @@ class ProgramCache:
 
         def step(
             leaves: Leaves, cache: KVCache, state: SamplerState, packed: Array
-        ) -> tuple[KVCache, SamplerState, StepOutput]:
+        ) -> tuple[KVCache, SamplerState, Array]:
             model: LlamaForCausalLM = jax.tree.unflatten(self._treedef, leaves)
             batch = unpack(packed, bucket, self._max_blocks)
             logits, cache = model(batch, cache, layout)
             output, state = sampler.sample(logits, batch, state, self._max_logprobs)
-            return cache, state, output
+            return cache, state, output.pack()
 
         sharded = jax.shard_map(
             step,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from arctic_jax import weights
 from arctic_jax.batch import (
     Bucket,
+    HostOutput,
     ScheduledBatch,
-    StepOutput,
     bucket_ladder,
     host_views,
     packed_size,
@@ -41,18 +40,6 @@ from arctic_jax.weights import Checkpoint, ParameterSpec
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_ROWS = 256
-
-
-@dataclass(frozen=True)
-class HostOutput:
-    """`StepOutput` on the host, rows in the order of the scheduled requests."""
-
-    token_ids: np.ndarray
-    finite: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
-    top_token_ids: np.ndarray
-    top_logprobs: np.ndarray
 
 
 class ModelRunner:
@@ -138,15 +125,11 @@ class ModelRunner:
         self.cache, self.state, output = self.programs.run(
             self.layout, bucket, self.leaves, self.cache, self.state, packed
         )
-        return self._to_host(output, scheduled.num_rows)
+        return HostOutput.unpack(np.asarray(output), scheduled.num_rows)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
         self._rows.forget(request)
-
-    def _to_host(self, output: StepOutput, rows: int) -> HostOutput:
-        values = jax.device_get(output)
-        return HostOutput(*(getattr(values, f.name)[:rows] for f in fields(HostOutput)))
 
     def _load(
         self,
@@ -198,7 +181,7 @@ class ModelRunner:
         packed = np.zeros(packed_size(bucket, self.max_blocks_per_seq), np.int32)
         views = host_views(packed, bucket, self.max_blocks_per_seq)
         views["slot_mapping"][:] = -1
-        views["row_target"][:] = -1
+        views["row_target"][:] = 0  # padding's; those of requests follow
         views["state_row"][:] = -1
         token = row = 0
         want_logprobs = False
@@ -222,13 +205,13 @@ class ModelRunner:
                 views["row_step"][rows] = len(request.output_token_ids)
                 # Rows before the last known token predict a token of the prompt.
                 targets = request.token_ids[first + 1 : part.end + 1]
-                views["row_target"][row : row + len(targets)] = targets
+                views["row_target"][rows] = [*targets, -1] if part.samples else targets
                 row += part.num_rows
                 want_logprobs |= params.logprobs is not None or request.wants_prompt_rows
             if params.adjusts_logits:
                 views["state_row"][s] = request.slot
             views["temperature"][s] = params.temperature
-            views["top_k"][s] = max(params.top_k, 0)
+            views["top_k"][s] = min(max(params.top_k, 0), self.model_config.vocab_size)
             views["top_p"][s] = params.top_p
             views["min_p"][s] = params.min_p
             views["presence_penalty"][s] = params.presence_penalty
@@ -277,7 +260,8 @@ class _SamplerRows:
             length = len(word) - 1
             if length == 0 or tuple(output[-length:]) == word[:-1]:
                 banned.add(word[-1])
-        return frozenset(banned)
+        # A tokenizer, or a list of end-of-sequence tokens, may know more ids than the model has.
+        return frozenset(token for token in banned if 0 <= token < self.vocab_size)
 
     def _bias(self, request: Request, banned: frozenset[int]) -> np.ndarray:
         params = request.params

@@ -69,7 +69,7 @@ def sample(
         lambda: jnp.where(temperature > 0, _draw(adjusted, batch, temperature), greedy),
         lambda: greedy,
     )
-    # Rows of prompt positions and rows without state fall outside and are dropped.
+    # Rows of prompt positions, of padding and without state fall outside and are dropped.
     counted = jnp.where((state_row >= 0) & (batch.row_target < 0), state_row, state.seen.shape[0])
     seen = state.seen.at[counted, tokens].add(1, mode="drop")
     target = jnp.where(batch.row_target >= 0, batch.row_target, tokens)
@@ -78,7 +78,9 @@ def sample(
         lambda: _logprobs(logits, target, max_logprobs),
         lambda: _no_logprobs(logits.shape[0], max_logprobs),
     )
-    output = StepOutput(tokens, jnp.isfinite(logits).all(axis=-1), *report)
+    # Penalties may overflow, and biases may forbid every token. Rows of prompt positions draw none.
+    drawn = jnp.isfinite(adjusted.max(axis=-1)) | (batch.row_target >= 0)
+    output = StepOutput(tokens, jnp.isfinite(logits).all(axis=-1) & drawn, *report)
     return output, SamplerState(seen=seen, bias=state.bias)
 
 
@@ -98,17 +100,18 @@ def _adjust(logits: Array, batch: ForwardBatch, state: SamplerState, state_row: 
 def _draw(logits: Array, batch: ForwardBatch, temperature: Array) -> Array:
     """Draw a token for each row after temperature, min-p, top-k and top-p."""
     seq = batch.row_seq
-    x = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    # Below the highest, so that a tiny temperature cannot make infinities of several tokens.
+    x = logits - logits.max(axis=-1, keepdims=True)
+    x = x / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     min_p, top_k, top_p = (p[seq] for p in (batch.min_p, batch.top_k, batch.top_p))
-    highest = x.max(axis=-1, keepdims=True)
-    x = jnp.where(x < highest + jnp.log(min_p)[:, None], -jnp.inf, x)  # log 0 keeps everything
+    x = jnp.where(x < jnp.log(min_p)[:, None], -jnp.inf, x)  # log 0 keeps everything
 
     def keep_top_k(x: Array) -> Array:
         needed = jnp.where(top_k > 0, top_k, x.shape[1]).astype(jnp.float32)
         return _keep_largest(x, jnp.ones_like(x), needed)
 
     def keep_top_p(x: Array) -> Array:
-        weights = jnp.exp(x - highest)
+        weights = jnp.exp(x)
         # Everything is kept for top_p = 1, whatever the rounding of the sum.
         needed = jnp.where(top_p < 1, top_p * weights.sum(axis=-1), 0.0)
         return _keep_largest(x, weights, needed, all_rows=top_p >= 1)
