@@ -80,6 +80,10 @@ class GGUFCheckpoint:
                 f"general.architecture {self._architecture!r} of {self.file.path.name} is not "
                 f"supported; supported: {', '.join(ARCHITECTURES)}"
             )
+        if self._metadata.get("split.count", 1) != 1:
+            raise UnsupportedModelError(
+                f"{self.file.path.name} is one of {self._metadata['split.count']} parts; merge them"
+            )
         self._names: dict[str, str] = {}
         for stored, info in self.file.tensors.items():
             if stored == _ROPE_FACTORS:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Mapping, Sequence
+import numbers
+import signal
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from arctic_jax.config import DEFAULT_MODEL, EngineConfig
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.errors import InvalidRequestError
 from arctic_jax.progress import Report, bars
 from arctic_jax.request import RequestOutput, SamplingParams
 
@@ -37,10 +44,13 @@ class LLM:
         with bars(progress) as report:
             self.engine = EngineCore(config, report)
         self._ids = itertools.count()
+        # The newest state of each request that its caller has not looked at yet: a stream may be
+        # read while another one, or a call of `generate`, runs the steps.
+        self._unread: dict[str, RequestOutput] = {}
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -77,8 +87,7 @@ class LLM:
             with bars(use_tqdm and self._progress) as report:
                 return self._run(ids, report)
         finally:  # Ctrl-C, or a bad prompt among good ones: nothing is left behind
-            for request_id in ids:
-                self.engine.abort(request_id)
+            self._forget(ids)
 
     def chat(
         self,
@@ -86,15 +95,17 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        chat_template: str | None = None,
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, through the model's chat template."""
+        """Answer one conversation, or each of several, through a chat template: the model's own."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [
             self.engine.tokenizer.apply_chat_template(
                 conversation,  # pyright: ignore[reportArgumentType]
+                chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 **(chat_template_kwargs or {}),
@@ -117,14 +128,16 @@ class LLM:
         try:
             finished = False
             while not finished:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        finished = output.finished
-                        yield output
+                if request_id not in self._unread:
+                    self._step()
+                output = self._unread.pop(request_id, None)
+                if output is not None:
+                    finished = output.finished
+                    yield output
         finally:
-            self.engine.abort(request_id)
+            self._forget([request_id])
 
-    def encode(self, prompts: Prompt | Sequence[Prompt], **_: Any) -> list[Any]:
+    def encode(self, *_: Any, **__: Any) -> list[Any]:
         """Refuse: this class of models generates.
 
         Raises:
@@ -156,11 +169,41 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         wanted = set(ids)
         while len(done) < len(ids):
-            for output in self.engine.step():
-                if output.finished and output.request_id in wanted:
-                    done[output.request_id] = output
+            self._step()
+            for request_id in wanted & self._unread.keys():
+                output = self._unread.pop(request_id)
+                if output.finished:
+                    done[request_id] = output
                     report("Generating", len(done), len(ids))
         return [done[request_id] for request_id in ids]
+
+    def _step(self) -> None:
+        with _interrupts_held():
+            for output in self.engine.step():
+                self._unread[output.request_id] = output
+
+    def _forget(self, ids: Sequence[str]) -> None:
+        """Abort what is not finished."""
+        for request_id in ids:
+            self.engine.abort(request_id)
+            self._unread.pop(request_id, None)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of a step: half a step would leave no usable cache."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    held: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if held:
+            usual(*held[0])
 
 
 def parse_prompt(
@@ -169,23 +212,26 @@ def parse_prompt(
     """Return a prompt's text (if it has one), its token ids and its cache salt.
 
     Raises:
-        TypeError: it is none of the forms of `Prompt`.
+        InvalidRequestError: it is none of the forms of `Prompt`.
     """
-    salt = None
+    text, ids, salt = None, prompt, None
     if isinstance(prompt, Mapping):
-        salt = prompt.get("cache_salt")
-        prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
-    if isinstance(prompt, str):
-        return prompt, engine.tokenizer.encode(prompt), salt
-    if isinstance(prompt, Sequence) and all(isinstance(t, int) for t in prompt):
-        return None, prompt, salt
-    raise TypeError(f"a prompt is text, token ids or a mapping of these, got {prompt!r:.100}")
+        text, salt = prompt.get("prompt"), prompt.get("cache_salt")
+        ids = text if prompt.get("prompt_token_ids") is None else prompt["prompt_token_ids"]
+    if isinstance(ids, str):
+        return ids, engine.tokenizer.encode(ids), salt
+    if isinstance(ids, Sequence | np.ndarray) and all(isinstance(t, numbers.Integral) for t in ids):
+        return text, ids, salt  # pyright: ignore[reportReturnType]
+    raise InvalidRequestError(
+        f"a prompt is text, token ids or a mapping of these, got {prompt!r:.100}", "prompt"
+    )
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """Tell one prompt from many: a list of integers is one prompt of token ids."""
     if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if prompts and all(isinstance(p, int) for p in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+        return [prompts]  # pyright: ignore[reportReturnType]
+    many: list[Any] = list(prompts)
+    if many and all(isinstance(p, numbers.Integral) for p in many):
+        return [many]
+    return many

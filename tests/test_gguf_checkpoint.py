@@ -302,6 +302,16 @@ def test_lengths_that_lie(llama_gguf, tmp_path):
         GGUFCheckpoint(path)
 
 
+def test_one_of_several_parts(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "a-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match="one of 3 parts"):
+        GGUFCheckpoint(tmp_path / "a-00001-of-00003.gguf")
+
+
 def test_a_missing_tensor_is_named(llama_gguf):
     with pytest.raises(CheckpointError, match=r"no tensor 'nope'"):
         GGUFCheckpoint(llama_gguf).read("nope")

@@ -157,7 +157,7 @@ def test_the_defaults_and_the_order_are_those_of_vllm() -> None:
 @pytest.mark.parametrize("token", [-1, 10, 10**30, 1.0, "1", None, True])
 @pytest.mark.parametrize("name", ["stop_token_ids", "logit_bias", "allowed_token_ids"])
 def test_token_ids_must_be_in_the_vocabulary(name: str, token: Any) -> None:
-    value = {token: 1.0} if name == "logit_bias" else [0, token]
+    value: Any = {token: 1.0} if name == "logit_bias" else [0, token]
     params = SamplingParams(**{name: value})
     with pytest.raises(InvalidRequestError) as caught:
         params.check_vocabulary(10)

@@ -125,7 +125,12 @@ class EngineCore:
         scheduled = self.scheduler.schedule()
         if not scheduled.requests:
             return []
-        output = self.runner.run(scheduled)
+        try:
+            output = self.runner.run(scheduled)
+        except BaseException:  # nobody may build on what these requests were about to write
+            for part in scheduled.requests:
+                self._finish(part.request, RequestStatus.FAILED)
+            raise
         ended = self.outputs.accept(scheduled, output, self._group_of)
         changed = {
             self._group_of[part.request]: None for part in scheduled.requests if part.samples

@@ -10,15 +10,20 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+_CONTEXT = range(4, 24)
+"""Lengths of the prompt's end that are tried as the beginning of a stream."""
+
 
 class TextStream:
     """The text of one answer, token by token.
 
-    Bytes of a character that is not complete yet, and text that may turn out to be the beginning of
-    a stop string, are held back from `visible`.
+    It continues the prompt: where a tokenizer drops the space before the first word of a text, the
+    answer's first word keeps it. Bytes of a character that is not complete yet, and text that may
+    turn out to be the beginning of a stop string, are held back from `visible`.
 
     Args:
         tokenizer: decodes.
+        prompt_token_ids: what the answer continues.
         stop: strings that end the answer.
         include_stop: whether such a string is part of the text.
         skip_special_tokens: leave special tokens out.
@@ -27,12 +32,15 @@ class TextStream:
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
+        prompt_token_ids: Sequence[int],
         stop: Sequence[str],
         include_stop: bool,
         skip_special_tokens: bool,
     ) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._skip_special_tokens = skip_special_tokens
+        context = self._end_of(prompt_token_ids)
+        self._stream = DecodeStream(context, skip_special_tokens=skip_special_tokens)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._longest = max(map(len, self._stop), default=1)
@@ -40,19 +48,45 @@ class TextStream:
 
     def push(self, token: int, may_stop: bool = True) -> str | None:
         """Take a token; return the stop string that it completes, after cutting the text there."""
-        chunk = self._stream.step(self._tokenizer, token)
+        chunk = self._decode(token)
         if not chunk:
             return None
-        searched = max(0, len(self.text) - self._longest + 1)
+        before = len(self.text)
         self.text += chunk
         if not may_stop:
             return None
-        found = [(at, s) for s in self._stop if (at := self.text.find(s, searched)) >= 0]
+        # Only what ends in the new chunk: what was complete before did not stop the answer then.
+        found = [
+            (at, s)
+            for s in self._stop
+            if (at := self.text.find(s, max(0, before - len(s) + 1))) >= 0
+        ]
         if not found:
             return None
         at, stop = min(found)
         self.text = self.text[: at + len(stop) if self._include_stop else at]
         return stop
+
+    def _decode(self, token: int) -> str | None:
+        try:
+            return self._stream.step(self._tokenizer, token)
+        except Exception as error:  # the library has no type of its own for it
+            if "Invalid prefix" not in str(error):
+                raise
+            # Bytes that are no UTF-8 changed what earlier ones decode to: go on from here.
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            return self._stream.step(self._tokenizer, token)
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """Return the prompt's last tokens, so many that no character is cut; none if it ends so."""
+        for length in _CONTEXT:
+            end = list(prompt[-length:])
+            text = self._tokenizer.decode(end, skip_special_tokens=self._skip_special_tokens)
+            if "\N{REPLACEMENT CHARACTER}" not in text:
+                return end
+            if length >= len(prompt):
+                break
+        return []
 
     @property
     def visible(self) -> str:

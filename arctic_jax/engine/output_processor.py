@@ -52,6 +52,7 @@ class OutputProcessor:
             if params.detokenize:
                 group.streams[member] = TextStream(
                     self.tokenizer.backend,
+                    member.prompt_token_ids,
                     params.stop_strings,
                     params.include_stop_str_in_output,
                     params.skip_special_tokens,

@@ -180,12 +180,14 @@ class Scheduler:
         """
         chosen.append(part)
         request, size = part.request, self.pool.block_size
+        request.num_computed_tokens = part.end
+        if part.start // size == part.end // size:
+            return
         hashes = self.pool.hashes(
             request.token_ids[: part.end], request.block_hashes, request.cache_salt
         )
         for i in range(part.start // size, min(part.end // size, len(hashes))):
             self.pool.publish(request.block_ids[i], hashes[i])
-        request.num_computed_tokens = part.end
 
     def _enqueue(self, queue: list[Request], request: Request) -> None:
         bisect.insort(queue, request, key=self._order.__getitem__)
