@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import save_file
 
 from arctic_jax.errors import CheckpointError
-from arctic_jax.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 from arctic_jax.weights import QKV, Columns, GateUp, ParameterSpec, Rows, load
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 8, 2, 4, 12, 16

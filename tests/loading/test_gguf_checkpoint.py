@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType as Type
 
 from arctic_jax.config import ModelConfig
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
-from arctic_jax.gguf_checkpoint import QUANTIZATIONS, GGUFCheckpoint, llama3_scaling
-from arctic_jax.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.loading.gguf_checkpoint import QUANTIZATIONS, GGUFCheckpoint, llama3_scaling
+from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 from arctic_jax.testing import gguf_name, write_checkpoint, write_gguf
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 64

@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
-from arctic_jax.gguf_file import GGUFFile
+from arctic_jax.loading.gguf_file import GGUFFile
 from arctic_jax.weights import ALL_ROWS
 
 _Type = GGMLQuantizationType

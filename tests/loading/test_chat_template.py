@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from arctic_jax.chat_template import ChatTemplateRenderer
 from arctic_jax.errors import ChatTemplateError, InvalidRequestError
+from arctic_jax.loading.chat_template import ChatTemplateRenderer
+from arctic_jax.loading.tokenizer import Tokenizer, load_tokenizer
 from arctic_jax.testing import TINY_CHAT_TEMPLATE, write_tokenizer
-from arctic_jax.tokenizer import Tokenizer, load_tokenizer
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

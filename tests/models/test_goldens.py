@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from arctic_jax.testing import TINY_LLAMA, write_checkpoint
 
-GOLDENS = Path(__file__).with_name("goldens")
+GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def test_the_weights_are_the_same_everywhere(tmp_path):

@@ -1,7 +1,7 @@
 """Text to token ids and back, for a Hugging Face directory or a GGUF file. Host only.
 
 Thin over `transformers`' fast tokenizers. Nothing from a model's repository is executed, and chat
-templates, which are programs from the same source, run in `arctic_jax.chat_template`.
+templates, which are programs from the same source, run in `arctic_jax.loading.chat_template`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 
 import tokenizers
 
-from arctic_jax import gguf_tokenizer
-from arctic_jax.chat_template import ChatTemplateRenderer
 from arctic_jax.errors import (
     ChatTemplateError,
     CheckpointError,
     InvalidRequestError,
     ModelNotFoundError,
 )
-from arctic_jax.gguf_file import GGUFFile
+from arctic_jax.loading import gguf_tokenizer
+from arctic_jax.loading.chat_template import ChatTemplateRenderer
+from arctic_jax.loading.gguf_file import GGUFFile
 
 _advice = logging.getLogger("transformers")
 _advice.addFilter(_no_torch := lambda record: "PyTorch was not found" not in record.getMessage())
