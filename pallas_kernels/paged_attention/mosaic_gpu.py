@@ -55,9 +55,8 @@ def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size:
     items = S * KV
     keys = blocks_per_sequence * block_size
     by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items)
-    tile, stages = (128, 1) if D == 64 or (D == 128 and items < 2 * SMS) else (64, 2)
     splits = max(-(-2 * SMS // items), by_length) if items < 2048 else 1
-    return Config(tile, stages, max(1, min(splits, keys // (4 * tile))))
+    return Config(64, 2, max(1, min(splits, keys // 256)))
 
 
 def unsupported(q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct) -> str | None:
