@@ -231,7 +231,5 @@ def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """Tell one prompt from many: a list of integers is one prompt of token ids."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    many = list(prompts)
-    if many and all(isinstance(p, numbers.Integral) for p in many):
-        return [many]  # pyright: ignore[reportReturnType]
-    return many  # pyright: ignore[reportReturnType]
+    many: Any = list(prompts)
+    return [many] if many and all(isinstance(p, numbers.Integral) for p in many) else many
