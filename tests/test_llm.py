@@ -536,6 +536,22 @@ def test_an_interrupt_leaves_the_engine_usable(
     assert answers(llm.generate(prompts, greedy(4))) == [plain_answer(p, 4) for p in prompts]
 
 
+def test_an_interrupt_while_prompts_are_queued(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, count = llm.engine.scheduler.add, 0
+
+    def interrupted(request: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        add(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.scheduler, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Hello"] * 4, SamplingParams(n=2))
+
+
 def test_a_step_that_fails_leaves_no_empty_blocks_to_be_found(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
