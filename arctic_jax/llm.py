@@ -233,6 +233,7 @@ def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """Tell one prompt from many: a list of integers is one prompt of token ids."""
     if isinstance(prompts, str | Mapping):
         return [prompts]  # pyright: ignore[reportReturnType]
-    many = list(prompts)
-    one = bool(many) and all(isinstance(p, numbers.Integral) for p in many)
-    return [many] if one else many  # pyright: ignore[reportReturnType]
+    many: list[Any] = list(prompts)
+    if many and all(isinstance(p, numbers.Integral) for p in many):
+        return [many]
+    return many

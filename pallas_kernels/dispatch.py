@@ -25,7 +25,11 @@ _interpreter: contextvars.ContextVar[plgpu.InterpretGPUParams | None] = contextv
 
 @contextlib.contextmanager
 def interpret(*, detect_races: bool = False) -> Iterator[None]:
-    """Run the Mosaic GPU kernels traced inside in JAX's interpreter, on any back end; for tests."""
+    """Run the Mosaic GPU kernels traced inside in JAX's interpreter, on any back end; for tests.
+
+    Every warpgroup blocks a thread of XLA's CPU pool while it waits, so on a machine of few cores
+    set `jax_num_cpu_devices` above 4, or a kernel of three warpgroups waits for ever.
+    """
     token = _interpreter.set(plgpu.InterpretGPUParams(detect_races=detect_races))
     try:
         yield

@@ -3,7 +3,7 @@
     python scripts/make_goldens.py tiny --out tests/goldens
     python scripts/make_goldens.py greedy --model DIR --prompts DIR --out tests/goldens
 
-`--model` is the directory that `arctic_jax.hub.resolve_model("smollm2-135m-instruct-q4_1")` gives;
+`--model` is what `resolve_model("smollm2-135m-instruct-q4_1")` (`arctic_jax/loading/hub.py`) gives;
 `--prompts` holds gsm8k_test.jsonl, humaneval.jsonl and spec_bench.jsonl of those projects. Float32
 on a CPU throughout. `arctic_jax` itself must be importable, but nothing of it that needs JAX is.
 """

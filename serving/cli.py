@@ -145,7 +145,7 @@ def chat(
 @command(models_app, "list")
 def list_models() -> None:
     """Show the aliases and the architectures."""
-    from arctic_jax import hub
+    from arctic_jax.loading import hub
     from arctic_jax.models import registry
 
     aliases = Table("alias", "what it is", title="Models by name")

@@ -7,9 +7,9 @@ import numpy as np
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.core import EngineCore
-from arctic_jax.model_files import ModelFiles
+from arctic_jax.loading.model_files import ModelFiles
+from arctic_jax.loading.tokenizer import numbered_tokenizer
 from arctic_jax.request import RequestOutput, SamplingParams
-from arctic_jax.tokenizer import numbered_tokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import jax
 
-from arctic_jax import hub
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
 from arctic_jax.errors import InvalidRequestError
-from arctic_jax.model_files import ModelFiles, open_model
+from arctic_jax.loading import hub
+from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
 from arctic_jax.request import Request, RequestOutput, RequestStatus, SamplingParams

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.engine.detokenizer import TextStream
+from arctic_jax.loading.tokenizer import Tokenizer
 from arctic_jax.request import (
     CompletionOutput,
     Logprob,
@@ -20,7 +21,6 @@ from arctic_jax.request import (
     RequestOutput,
     RequestStatus,
 )
-from arctic_jax.tokenizer import Tokenizer
 
 
 @dataclass(eq=False)

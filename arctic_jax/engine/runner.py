@@ -172,7 +172,9 @@ class ModelRunner:
         largest = self.buckets[-1]
         workspace = self.programs.workspace_bytes(self.layout, largest, self.max_blocks_per_seq)
         workspace -= self.max_blocks_per_seq * per_device  # the cache itself is among the outputs
-        budget = int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) - int(1.2 * workspace)
+        state = SamplerState.bytes(self.max_num_seqs, self.model_config.vocab_size)
+        free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+        budget = free - state - int(1.2 * workspace)
         return min(most, budget // per_device)
 
     def _pack(self, scheduled: ScheduledBatch, bucket: Bucket) -> np.ndarray:

@@ -42,6 +42,11 @@ class SamplerState:
         shape = (max_num_seqs, vocab_size)
         return SamplerState(seen=jnp.zeros(shape, jnp.int32), bias=jnp.zeros(shape, jnp.float32))
 
+    @staticmethod
+    def bytes(max_num_seqs: int, vocab_size: int) -> int:
+        """Memory of the state, on each device."""
+        return 8 * max_num_seqs * vocab_size
+
 
 def set_row(state: SamplerState, row: Array, seen: Array, bias: Array) -> SamplerState:
     """Replace one request's row: `seen [vocab]`, `bias [vocab]`."""

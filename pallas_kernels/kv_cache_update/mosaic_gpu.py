@@ -14,8 +14,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from arctic_jax.pallas_kernels import dispatch
-
 TOKENS = 16  # of a thread block: the rows of the register layout below
 BY_TOKEN = plgpu.Layout.MMA_ACC(jnp.float32, m_warps=1)  # [16, 32 n], readable at any stride
 
@@ -59,6 +57,8 @@ def unsupported(
     return None
 
 
+# Traced once for all the layers of a model that call it with the same shapes.
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def kv_cache_update(
     k: Array,
     v: Array,
@@ -68,6 +68,7 @@ def kv_cache_update(
     v_cache: Array,
     slot_mapping: Array,
     config: Config | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Array, Array]:
     """See `op.kv_cache_update`."""
     T, KV, D = k.shape
@@ -75,7 +76,6 @@ def kv_cache_update(
     k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
     tile = plgpu.SMEM((TOKENS, config.heads, D), k.dtype)
     angles = plgpu.SMEM((TOKENS, D // 2), jnp.float32)
-    interpret = dispatch.interpreter()
     mesh = plgpu.Mesh(
         grid=(-(-T // TOKENS), KV // config.heads),
         grid_names=("tile", "heads"),

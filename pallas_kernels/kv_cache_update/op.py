@@ -53,7 +53,7 @@ def kv_cache_update(
         return reference.kv_cache_update(*arrays)
     if reason:
         raise ValueError(f"kv_cache_update: implementation='mosaic_gpu' cannot do this: {reason}")
-    return mosaic_gpu.kv_cache_update(*arrays)
+    return mosaic_gpu.kv_cache_update(*arrays, interpret=dispatch.interpreter())
 
 
 def mosaic_gpu_unsupported(

@@ -1,7 +1,7 @@
 """Paged attention: the named shapes that tests and benchmarks run, and the float64 formula.
 
 `tests/kernels/test_kernels.py` and `benchmarks/kernels.py` read `CASES`, `TOLERANCE`, `inputs`,
-`expected`, `comparable` and `cost` of every operation's `cases.py`.
+`expected`, `comparable`, `following` and `cost` of every operation's `cases.py`.
 """
 
 import dataclasses
@@ -189,6 +189,11 @@ def comparable(case: Case, output: jax.Array, arguments: tuple) -> tuple[np.ndar
     if not np.isfinite(out[:rows]).all():
         raise AssertionError(f"{case.name}: not finite in rows {np.where(np.isnan(out))[0]}")
     return (out,)
+
+
+def following(arguments: tuple, output: jax.Array) -> tuple:
+    """Return `arguments` with the output as queries, so that calls run one after another."""
+    return (output, *arguments[1:])
 
 
 def cost(case: Case) -> tuple[float, float]:

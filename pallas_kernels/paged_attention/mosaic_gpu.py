@@ -16,8 +16,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from arctic_jax.pallas_kernels import dispatch
-
 ROWS = 64  # query rows of a thread block, the M of one wgmma
 SMEM_BYTES = 227 * 1024  # what one thread block may have
 SMS = 132
@@ -49,21 +47,21 @@ class Config:
 def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size: int) -> Config:
     """Return the sizes for a batch of `S` sequences, from static shapes alone.
 
-    Two thread blocks share a multiprocessor (one for head_dim 256). A context is split until every
-    multiprocessor has work, but never into pieces shorter than a few tiles.
+    What measured best on an H200: few stages, so that at least two thread blocks fit on a
+    multiprocessor and hide each other's latencies. A context is split until every multiprocessor
+    has two; and, for lengths that differ, into shares of `keys` while there are few thread blocks
+    (each share costs a partial result that must be merged).
     """
-    tile = 128 if D == 64 else 64
-    stages = {64: 3, 128: 3, 256: 2}[D]
-    resident = SMS * (1 if D == 256 else 2)
-    tiles = -(-blocks_per_sequence * block_size // tile)
-    wanted = -(-resident // (S * KV)) if resident > S * KV else 1
-    return Config(tile, stages, max(1, min(wanted, tiles // 4)))
+    items = S * KV
+    keys = blocks_per_sequence * block_size
+    by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items)
+    tile, stages = (128, 1) if D == 64 or (D == 128 and items < 2 * SMS) else (64, 2)
+    splits = max(-(-2 * SMS // items), by_length) if items < 2048 else 1
+    return Config(tile, stages, max(1, min(splits, keys // (4 * tile))))
 
 
-def unsupported(
-    q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct, *, max_query_len: int
-) -> str | None:
-    """Return why this kernel does not take the shapes, or `None` if it does."""
+def unsupported(q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct) -> str | None:
+    """Return why neither this kernel nor the prefill kernel takes the shapes, or `None`."""
     H, D = q.shape[1:]
     KV, block_size = k_cache.shape[1:3]
     if q.dtype != k_cache.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -72,11 +70,23 @@ def unsupported(
         return f"head_dim {D} is not 64, 128 or 256"
     if block_size not in (16, 32, 64):
         return f"block_size {block_size} is not 16, 32 or 64"
-    if max_query_len * (H // KV) > ROWS:
-        return f"{max_query_len} queries of {H // KV} heads are more than {ROWS} rows"
+    if H // KV > ROWS:
+        return f"{H // KV} query heads of one key/value head are more than {ROWS}"
     return None
 
 
+# Traced once for all the layers of a model that call it with the same shapes.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "max_query_len",
+        "scale",
+        "sliding_window",
+        "soft_cap",
+        "config",
+        "interpret",
+    ),
+)
 def decode(
     q: Array,
     k_cache: Array,
@@ -90,6 +100,7 @@ def decode(
     sliding_window: int | None,
     soft_cap: float | None,
     config: Config | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
     """See `op.paged_attention`; `max_query_len * H / KV` is at most 64."""
     T, H, D = q.shape
@@ -118,7 +129,6 @@ def decode(
     else:
         out_type = [jax.ShapeDtypeStruct((T, H, D), q.dtype)]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    interpret = dispatch.interpreter()
     copies = config.tile // block_size
     scratch = {
         "q_smem": plgpu.SMEM((ROWS, D), q.dtype, transforms=swizzled),
@@ -165,8 +175,10 @@ def decode(
 
     # Each split is normalized by itself; its weight is its share of the sum of exponentials.
     out, lse = outputs
-    first = (stride * jnp.arange(KV)) % 8
-    lse = lse[:, :, jnp.arange(KV)[:, None], first[:, None] + jnp.arange(Q * G)]
+    together = max(1, 8 // stride)  # heads that share 8 rows; each has its part of them
+    lse = jnp.stack(
+        [lse[:, :, i::together, i * stride : i * stride + Q * G] for i in range(together)], axis=3
+    ).reshape(S, splits, KV, Q * G)
     weight = jnp.exp2(lse - lse.max(1, keepdims=True))[..., None]
     out = (out * weight).sum(1) / weight.sum(1)  # [S, KV, Q * G, D]
     if Q == 1:

@@ -4,7 +4,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from arctic_jax.pallas_kernels import dispatch
-from arctic_jax.pallas_kernels.paged_attention import mosaic_gpu, reference
+from arctic_jax.pallas_kernels.paged_attention import mosaic_gpu, mosaic_gpu_prefill, reference
 
 
 def paged_attention(
@@ -76,14 +76,14 @@ def paged_attention(
         return reference.paged_attention(*arrays, **options)
     if reason:
         raise ValueError(f"paged_attention: implementation='mosaic_gpu' cannot do this: {reason}")
-    return mosaic_gpu.decode(*arrays, **options)
+    few = max_query_len * (H // KV) <= mosaic_gpu.ROWS
+    kernel = mosaic_gpu.decode if few else mosaic_gpu_prefill.mixed
+    return kernel(*arrays, **options, interpret=dispatch.interpreter())
 
 
-def mosaic_gpu_unsupported(
-    q: Array, k_cache: Array, *_: Array, max_query_len: int, **__
-) -> str | None:
+def mosaic_gpu_unsupported(q: Array, k_cache: Array, *_: Array, **__: object) -> str | None:
     """Return why `"mosaic_gpu"` does not take these arguments of `paged_attention`, or `None`.
 
     With `implementation=None` such calls go to `"xla"`. Only shapes and dtypes are looked at.
     """
-    return mosaic_gpu.unsupported(q, k_cache, max_query_len=max_query_len)
+    return mosaic_gpu.unsupported(q, k_cache)

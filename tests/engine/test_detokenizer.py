@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from arctic_jax import hub
 from arctic_jax.engine.detokenizer import TextStream
-from arctic_jax.tokenizer import load_tokenizer, numbered_tokenizer
+from arctic_jax.loading import hub
+from arctic_jax.loading.tokenizer import load_tokenizer, numbered_tokenizer
 
 
 def byte_level() -> tokenizers.Tokenizer:

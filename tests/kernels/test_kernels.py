@@ -69,6 +69,8 @@ def test_xla_is_the_formula(operation, case):
     check(operation, case, "xla", poison=1e4)
 
 
+# The padding rows of a wgmma hold whatever the memory held, NaN in the interpreter.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(("operation", "case"), CASES)
 def test_mosaic_body_in_the_interpreter(operation, case):
     with dispatch.interpret(detect_races=case.race_detection):

@@ -11,7 +11,7 @@ import pytest
 
 from arctic_jax import LLM, SamplingParams
 from arctic_jax.errors import ModelNotFoundError
-from arctic_jax.hub import PACKAGED_MODEL, resolve_model
+from arctic_jax.loading.hub import PACKAGED_MODEL, resolve_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PROMPTS = json.loads((GOLDENS / "smollm2_prompts.json").read_text())
@@ -41,7 +41,7 @@ def test_float32_is_equal_token_for_token(model: str) -> None:
 
 
 def test_prompts_are_tokenized_like_transformers_does(model: str) -> None:
-    from arctic_jax.tokenizer import load_tokenizer
+    from arctic_jax.loading.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     for prompt in PROMPTS:

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import pytest
 from typer.testing import CliRunner
 
-from arctic_jax import RequestOutput, SamplingParams
+from arctic_jax import LLM, RequestOutput, SamplingParams
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.request import CompletionOutput, RequestMetrics
 from arctic_jax.serving import cli, options
@@ -20,7 +20,7 @@ from arctic_jax.serving import cli, options
 class FakeLLM:
     """Answers every prompt with "one two three", a word a token."""
 
-    made: "ClassVar[list[FakeLLM]]" = []  # noqa: RUF012 - the annotation is a string
+    made: ClassVar[list["FakeLLM"]] = []
     answer = ("one", " two", " three")
     error: str | None = None
 
@@ -201,7 +201,9 @@ def test_ctrl_c_ends_an_answer_and_the_request(monkeypatch, capsys):
 
     monkeypatch.setattr(FakeLLM, "stream", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    assert cli._reply(llm, [{"role": "user", "content": "hi"}], SamplingParams()) == "one"
+    assert (
+        cli._reply(cast(LLM, llm), [{"role": "user", "content": "hi"}], SamplingParams()) == "one"
+    )
     assert capsys.readouterr().out == "one\n"
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType as Type
 
 from arctic_jax.config import ModelConfig
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
-from arctic_jax.gguf_checkpoint import QUANTIZATIONS, GGUFCheckpoint, llama3_scaling
-from arctic_jax.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.loading.gguf_checkpoint import QUANTIZATIONS, GGUFCheckpoint, llama3_scaling
+from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 from arctic_jax.testing import gguf_name, write_checkpoint, write_gguf
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 64
@@ -300,6 +300,16 @@ def test_lengths_that_lie(llama_gguf, tmp_path):
     path.write_bytes(huge)
     with pytest.raises(CheckpointError):
         GGUFCheckpoint(path)
+
+
+def test_one_of_several_parts(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "a-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match="one of 3 parts"):
+        GGUFCheckpoint(tmp_path / "a-00001-of-00003.gguf")
 
 
 def test_a_missing_tensor_is_named(llama_gguf):

@@ -14,12 +14,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from arctic_jax import hub
 from arctic_jax.errors import CheckpointError, ModelNotFoundError
-from arctic_jax.gguf_checkpoint import GGUFCheckpoint
-from arctic_jax.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.loading import hub
+from arctic_jax.loading.gguf_checkpoint import GGUFCheckpoint
+from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.loading.tokenizer import load_tokenizer
 from arctic_jax.testing import write_checkpoint, write_gguf, write_model
-from arctic_jax.tokenizer import load_tokenizer
 
 NAME = "smollm2-135m-instruct"
 MEMBER = "tiny_package/Tiny.gguf"

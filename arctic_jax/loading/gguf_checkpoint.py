@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
-from arctic_jax.gguf_file import GGUFFile
+from arctic_jax.loading.gguf_file import GGUFFile
 from arctic_jax.weights import ALL_ROWS
 
 _Type = GGMLQuantizationType
@@ -79,6 +79,10 @@ class GGUFCheckpoint:
             raise UnsupportedModelError(
                 f"general.architecture {self._architecture!r} of {self.file.path.name} is not "
                 f"supported; supported: {', '.join(ARCHITECTURES)}"
+            )
+        if self._metadata.get("split.count", 1) != 1:
+            raise UnsupportedModelError(
+                f"{self.file.path.name} is one of {self._metadata['split.count']} parts; merge them"
             )
         self._names: dict[str, str] = {}
         for stored, info in self.file.tensors.items():

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from arctic_jax.chat_template import ChatTemplateRenderer
 from arctic_jax.errors import ChatTemplateError, InvalidRequestError
-from arctic_jax.testing import write_tokenizer
-from arctic_jax.tokenizer import Tokenizer, load_tokenizer
+from arctic_jax.loading.chat_template import ChatTemplateRenderer
+from arctic_jax.loading.tokenizer import Tokenizer, load_tokenizer
+from arctic_jax.testing import TINY_CHAT_TEMPLATE, write_tokenizer
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -140,6 +140,43 @@ def test_same_ids_as_transformers(tokenizer):
         CHAT, add_generation_prompt=True, return_dict=False
     )
     assert tokenizer.decode(ours, skip_special_tokens=False).endswith("<|eos|><|assistant|>")
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, LLAMA3, TINY_CHAT_TEMPLATE])
+@pytest.mark.parametrize("ending", ["Four is ", "Four\n", "4"])
+def test_continue_final_message(tokenizer, template, ending):
+    messages = [*CHAT[:1], {"role": "assistant", "content": ending}]
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+    ours = tokenizer.render_chat_template(messages, chat_template=template, **options)
+    theirs = tokenizer.hf.apply_chat_template(
+        messages, chat_template=template, tokenize=False, **options
+    )
+    assert ours == theirs
+    assert ours.endswith(ending.rstrip() if template is LLAMA3 else ending)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [
+        (CHAT, {"add_generation_prompt": True}, "exclude each other"),
+        ([{"role": "assistant", "tool_calls": [CALL]}], {}, "needs a last message"),
+        ([], {}, "needs a last message"),
+    ],
+)
+def test_continue_final_message_refused(renderer, messages, options, message):
+    options = {"add_generation_prompt": False, "continue_final_message": True} | options
+    with pytest.raises(ChatTemplateError, match=message):
+        renderer.render(SMOLLM2, messages, **options)
+
+
+def test_the_process_sees_no_secrets(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "1")
+    renderer = ChatTemplateRenderer()
+    renderer.render("x", CHAT)
+    assert renderer._process is not None
+    environment = Path(f"/proc/{renderer._process.pid}/environ").read_bytes()
+    assert b"PATH=" in environment
+    assert b"A_SECRET" not in environment
 
 
 def test_strftime_now(tokenizer):

@@ -29,6 +29,20 @@ _LENGTH = struct.Struct("<Q")
 _START_LIMIT = 60.0  # seconds for Python to start and to import Jinja on a busy machine
 # Names under which models' authors pass a message's reasoning; templates read the first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+# What Python needs to start. Tokens and keys in the environment are none of a template's business.
+_ENVIRONMENT = (
+    "PATH",
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+)
+# Put behind a message that is to be continued; the text is cut there. The space tells whether the
+# template trims.
+_CUT = "~~to be continued from here~~ "
 
 
 class ChatTemplateRenderer:
@@ -55,16 +69,29 @@ class ChatTemplateRenderer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """Return the text of a conversation.
+        """Return the text of a conversation; `continue_final_message` leaves its last turn open.
 
         Raises:
             ChatTemplateError: the template is faulty, raises, or exceeds a limit; or the messages
                 are not plain data (texts, numbers, lists and mappings).
         """
+        plain = [_message(message) for message in messages]
+        if continue_final_message:
+            if add_generation_prompt:
+                raise ChatTemplateError(
+                    "continue_final_message and add_generation_prompt exclude each other",
+                    "continue_final_message",
+                )
+            if not plain or not isinstance(plain[-1].get("content"), str):
+                raise ChatTemplateError(
+                    "continue_final_message needs a last message with text", "messages"
+                )
+            plain[-1]["content"] += _CUT
         variables |= {
-            "messages": [_message(message) for message in messages],
+            "messages": plain,
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
@@ -78,6 +105,12 @@ class ChatTemplateRenderer:
         if "error" in reply:
             raise ChatTemplateError(f"the chat template failed: {reply['error']}", "messages")
         text = reply["text"]
+        if continue_final_message:
+            text, found, rest = text.rpartition(_CUT.rstrip())
+            if not found:
+                raise ChatTemplateError("the template does not show the last message", "messages")
+            if not rest.startswith(" "):  # the template trims messages: trim what remains likewise
+                text = text.rstrip()
         if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
             raise ChatTemplateError("the messages hold a lone surrogate", "messages")
         return text
@@ -117,6 +150,7 @@ class ChatTemplateRenderer:
             [sys.executable, "-P", str(_WORKER), *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )
         self._process = process
         self._finalizer = weakref.finalize(self, _end, process)

@@ -1,27 +1,28 @@
 """Text to token ids and back, for a Hugging Face directory or a GGUF file. Host only.
 
 Thin over `transformers`' fast tokenizers. Nothing from a model's repository is executed, and chat
-templates, which are programs from the same source, run in `arctic_jax.chat_template`.
+templates, which are programs from the same source, run in `arctic_jax.loading.chat_template`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from arctic_jax import gguf_tokenizer
-from arctic_jax.chat_template import ChatTemplateRenderer
 from arctic_jax.errors import (
     ChatTemplateError,
     CheckpointError,
     InvalidRequestError,
     ModelNotFoundError,
 )
-from arctic_jax.gguf_file import GGUFFile
+from arctic_jax.loading import gguf_tokenizer
+from arctic_jax.loading.chat_template import ChatTemplateRenderer
+from arctic_jax.loading.gguf_file import GGUFFile
 
 _advice = logging.getLogger("transformers")
 _advice.addFilter(_no_torch := lambda record: "PyTorch was not found" not in record.getMessage())
@@ -43,10 +44,10 @@ class Tokenizer:
         """The `tokenizers.Tokenizer`, for incremental decoding."""
         return self.hf.backend_tokenizer
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Ids that mean something: all below it, added tokens included."""
-        return len(self.hf)
+        """One more than the largest id, added tokens included; the model may have more rows."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def eos_token_id(self) -> int | None:
@@ -100,7 +101,8 @@ class Tokenizer:
     ) -> str:
         """Render messages with the model's template, or with `chat_template`.
 
-        Other keywords are variables of the template, such as `enable_thinking`.
+        Other keywords are `continue_final_message` and variables of the template, such as
+        `enable_thinking`.
 
         Raises:
             ChatTemplateError: there is no template, it fails, or it exceeds its time or size.

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from arctic_jax.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from arctic_jax.loading.tokenizer import load_tokenizer
 from arctic_jax.testing import (
     TINY_CHAT_TEMPLATE,
     TINY_EOS_TOKEN_ID,
@@ -18,7 +19,6 @@ from arctic_jax.testing import (
     write_model,
     write_tokenizer,
 )
-from arctic_jax.tokenizer import load_tokenizer
 
 TEXT = "Hello wörld, it's 12345 o'clock;\n\n  don't \t panic… ½ 日本語 🌡️ I'LL SEE, HTTPServer <x>  "
 TRAINING = [TEXT, Path(gguf.__file__).with_name("constants.py").read_text("utf-8")[:20_000]]

@@ -1,4 +1,4 @@
-"""Renders chat templates; runs in a process of its own, started by `arctic_jax.chat_template`.
+"""Renders chat templates; a process of its own, started by `loading/chat_template.py`.
 
 Never imported: it is run by its path and imports nothing of ours, so that it starts in a tenth of a
 second. A template is a program from the same place as the weights. Jinja's sandbox keeps it away

@@ -10,11 +10,11 @@ from typing import Any
 
 from arctic_jax.config import LoadConfig
 from arctic_jax.errors import CheckpointError
-from arctic_jax.gguf_checkpoint import GGUFCheckpoint
-from arctic_jax.hub import resolve_model
+from arctic_jax.loading.gguf_checkpoint import GGUFCheckpoint
+from arctic_jax.loading.hub import resolve_model
+from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.loading.tokenizer import Tokenizer, load_tokenizer, numbered_tokenizer
 from arctic_jax.progress import Report, silent
-from arctic_jax.safetensors_checkpoint import SafetensorsCheckpoint
-from arctic_jax.tokenizer import Tokenizer, load_tokenizer, numbered_tokenizer
 from arctic_jax.weights import Checkpoint
 
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
-from arctic_jax.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 
 MATRIX = np.arange(60, dtype=np.float32).reshape(6, 10)
 VECTOR = np.arange(6, dtype=np.float32) / 4

@@ -31,10 +31,10 @@ from safetensors.numpy import save_file
 
 from arctic_jax.config import DEFAULT_MODEL
 from arctic_jax.errors import CheckpointError, ModelNotFoundError
-from arctic_jax.gguf_checkpoint import GGUFCheckpoint
+from arctic_jax.loading.gguf_checkpoint import GGUFCheckpoint
+from arctic_jax.loading.safetensors_checkpoint import INDEX, SINGLE
+from arctic_jax.loading.tokenizer import load_tokenizer
 from arctic_jax.progress import Report, silent
-from arctic_jax.safetensors_checkpoint import INDEX, SINGLE
-from arctic_jax.tokenizer import load_tokenizer
 
 _HUB_PATTERNS = [
     "*.safetensors",

@@ -1,0 +1,187 @@
+"""Times every implementation of every operation on its `bench` cases, and checks the results.
+
+    python benchmarks/kernels.py [--filter TEXT] [--implementations xla mosaic_gpu] [--out FILE]
+
+Prints device time, bandwidth or arithmetic rate, the fraction of what this GPU was measured to do
+in the same run (a device-to-device copy, an 8192³ bf16 product), and the largest difference from
+the XLA implementation. A time is the slope between a short and a long chain of dependent calls in
+one program, so that the host's share drops out; the calls go round several sets of inputs, together
+larger than the L2 cache.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from arctic_jax import pallas_kernels
+
+ROOT = pathlib.Path(next(iter(pallas_kernels.__path__)))
+OPERATIONS = sorted(path.parent.name for path in ROOT.glob("*/cases.py"))
+L2_BYTES = 60e6
+
+
+def median_seconds(program, state, repeats: int = 7):
+    """Return the median time of `state = program(state)` and the last state."""
+    times = []
+    state = jax.block_until_ready(program(state))
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        state = jax.block_until_ready(program(state))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times), state
+
+
+def seconds_per_call(function, following, sets: list[tuple], calls: tuple[int, int]) -> float:
+    """Return device seconds of one call, from chains of `calls[0]` and `calls[1]` calls."""
+
+    def chain(count, sets):
+        output = None
+        for i in range(count):
+            arguments = sets[i % len(sets)]
+            if output is not None:
+                arguments = following(arguments, output)
+            output = function(*arguments)
+            sets[i % len(sets)] = arguments
+        sets[(count - 1) % len(sets)] = following(sets[(count - 1) % len(sets)], output)
+        return sets, output
+
+    function = jax.jit(function)  # traced once
+    times = []
+    for count in calls:
+        program = jax.jit(functools.partial(chain, count), donate_argnums=0)
+        elapsed, (sets, _) = median_seconds(lambda state, p=program: p(state[0]), (sets, None))
+        times.append(elapsed)
+    return (times[1] - times[0]) / (calls[1] - calls[0])
+
+
+def ceilings() -> dict[str, float]:
+    """Return the measured bytes/s of a copy and FLOP/s of a large bf16 product."""
+    replace = lambda arguments, output: (output, *arguments[1:])
+    x = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16)
+    duplicate = jax.jit(jnp.copy)  # its input stays alive, so this is a copy in device memory
+    times = []
+    for count in (4, 24):
+        program = lambda _, count=count: [duplicate(x) for _ in range(count)]
+        times.append(median_seconds(program, None)[0])
+    copy = (times[1] - times[0]) / 20
+    moved, n = 2 * x.nbytes, 8192
+    a = jax.random.normal(jax.random.key(1), (n, n), jnp.bfloat16) / n**0.5
+    b = jax.random.normal(jax.random.key(2), (n, n), jnp.bfloat16) / n**0.5
+    dot = seconds_per_call(jnp.matmul, replace, [(a, b)], (4, 24))
+    return {"bytes_per_s": moved / copy, "flop_per_s": 2 * n**3 / dot}
+
+
+def run(operation: str, case, implementations: list[str], ceiling: dict) -> list[dict]:
+    """Measure one case; one row an implementation."""
+    package = f"{pallas_kernels.__name__}.{operation}"
+    op = importlib.import_module(f"{package}.op")
+    cases = importlib.import_module(f"{package}.cases")
+    arguments, keywords = cases.inputs(case)
+    moved, flops = cases.cost(case)
+    share = max(moved, arguments[0].nbytes)
+    copies = min(6, int(4 * L2_BYTES // share) + 1)
+    outputs, rows = {}, []
+    for implementation in dict.fromkeys(["xla", *implementations]):
+        row = {"operation": operation, "case": case.name, "implementation": implementation}
+        call = functools.partial(getattr(op, operation), **keywords, implementation=implementation)
+        if implementation == "mosaic_gpu" and (
+            reason := op.mosaic_gpu_unsupported(*arguments, **keywords)
+        ):
+            rows.append(row | {"unsupported": reason})
+            continue
+        output = jax.block_until_ready(jax.jit(call)(*arguments))
+        if isinstance(output, tuple):
+            copies = 1  # an operation that updates its arguments in place: one set goes round
+        outputs[implementation] = cases.comparable(case, output, arguments)
+        del output
+        if implementation not in implementations:
+            continue
+        sets = [cases.inputs(case, seed)[0] for seed in range(copies)]
+        calls = (1, 4) if implementation == "xla" else (4, 28)
+        seconds = seconds_per_call(call, cases.following, sets, calls)
+        pairs = zip(outputs[implementation], outputs["xla"], strict=True)
+        by_bytes, by_flops = moved / seconds, flops / seconds
+        limits = by_bytes / ceiling["bytes_per_s"], by_flops / ceiling["flop_per_s"]
+        rows.append(
+            row
+            | {
+                "us": seconds * 1e6,
+                "gb_per_s": by_bytes / 1e9,
+                "tflop_per_s": by_flops / 1e12,
+                "fraction": max(limits),
+                "bound": "bytes" if limits[0] >= limits[1] else "flops",
+                "difference": max(float(np.nanmax(np.abs(a - b), initial=0)) for a, b in pairs),
+            }
+        )
+    return rows
+
+
+def show(row: dict) -> str:
+    """Return the table line of a row."""
+    name = f"{row['operation']:16} {row['case']:26} {row['implementation']:11}"
+    if "us" not in row:
+        return f"{name} {row.get('unsupported') or row.get('error')}"
+    rate = f"{row['gb_per_s']:7.0f} GB/s {row['tflop_per_s']:6.1f} TFLOP/s"
+    numbers = f"{row['us']:9.1f} us {rate} {row['fraction']:5.2f} of {row['bound']}"
+    return f"{name} {numbers}  difference {row['difference']:.1e}"
+
+
+def write(path: pathlib.Path, ceiling: dict, rows: list[dict]) -> None:
+    """Write what was measured so far, with what is needed to repeat it."""
+    document = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python benchmarks/kernels.py " + " ".join(sys.argv[1:]),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "ceilings": ceiling,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--filter", default="", help="only the cases whose name has this text")
+    parser.add_argument("--implementations", nargs="+", default=["xla", "mosaic_gpu"])
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+    options = parser.parse_args()
+    ceiling = ceilings()
+    print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
+    rows = []
+    for operation in OPERATIONS:
+        cases = importlib.import_module(f"{pallas_kernels.__name__}.{operation}.cases")
+        for case in cases.CASES:
+            if "bench" not in case.tags or options.filter not in f"{operation} {case.name}":
+                continue
+            try:
+                found = run(operation, case, options.implementations, ceiling)
+            except Exception as error:  # one case that fails must not cost the others
+                found = [
+                    {
+                        "operation": operation,
+                        "case": case.name,
+                        "implementation": "?",
+                        "error": repr(error)[:300],
+                    }
+                ]
+            rows += found
+            print("\n".join(map(show, found)), flush=True)
+            if options.out:  # after every case: a run that is cut short leaves what it has
+                write(options.out, ceiling, rows)
+
+
+if __name__ == "__main__":
+    main()
