@@ -411,6 +411,18 @@ def test_logprobs(llm: LLM) -> None:
             assert entry.logprob == pytest.approx(exact[i, other], abs=1e-4)
 
 
+def test_the_prompt_of_several_answers_is_reported_once(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=1, max_tokens=2, prompt_logprobs=1)
+    llm.engine.add_request("a", encode("Hello"), params)
+    rows = sum(part.num_rows for part in llm.engine.scheduler.schedule().requests)
+    llm.engine.abort("a")
+    assert rows == 5 + 2
+    llm.reset_prefix_cache()  # what was scheduled was not computed
+    output = llm.generate("Hello", params)[0]
+    assert len(output.prompt_logprobs or ()) == 5
+    assert [len(one.token_ids) for one in output.outputs] == [2, 2, 2]
+
+
 def test_logprobs_of_the_drawn_token_only(llm: LLM) -> None:
     output = llm.generate("Hello", greedy(3, logprobs=0, prompt_logprobs=0))[0]
     assert [len(entries) for entries in output.outputs[0].logprobs or ()] == [1, 1, 1]
@@ -609,6 +621,22 @@ def test_dummy_weights_need_a_config_only(tmp_path: Path) -> None:
     assert len(output.token_ids) == 4
     with pytest.raises(CheckpointError):
         LLM(str(tmp_path), **small)
+
+
+def test_more_positions_than_the_model_has_are_refused(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_model_len=97 is more than the model's 96 positions"):
+        LLM(str(directory), max_model_len=97, **SMALL)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+    write_checkpoint(tmp_path, CONFIG | {"rope_scaling": yarn})
+    with pytest.raises(ValueError, match="max_model_len=193 is more than the model's 192 pos"):
+        LLM(str(tmp_path), max_model_len=193, **SMALL)
+
+
+def test_a_smaller_context_is_kept(directory: Path) -> None:
+    llm = LLM(str(directory), max_model_len=20, **(SMALL | {"max_num_seqs": 1}))
+    assert len(only(llm.generate("x" * 15, greedy(None))).token_ids) == 5  # pyright: ignore
+    with pytest.raises(InvalidRequestError, match="maximum context length is 20 tokens"):
+        llm.generate("x" * 20, greedy(1))
 
 
 def test_bfloat16_runs(directory: Path) -> None:
