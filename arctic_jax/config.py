@@ -242,6 +242,8 @@ class EngineConfig:
             TypeError: a name is unknown.
             ValueError: a value is out of range.
         """
+        if keywords.get("seed", 0) is None:
+            del keywords["seed"]
         parts: dict[str, Any] = {}
         for part, kind in _PARTS.items():
             names = [f.name for f in fields(kind)]

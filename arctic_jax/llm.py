@@ -83,7 +83,8 @@ class LLM:
         ids: list[str] = []
         try:
             for prompt, one, rank in zip(many, params, priorities, strict=True):
-                ids.append(self._add(prompt, one, rank))
+                ids.append(str(next(self._ids)))
+                self._add(ids[-1], prompt, one, rank)
             with bars(use_tqdm and self._progress) as report:
                 return self._run(ids, report)
         finally:  # Ctrl-C, or a bad prompt among good ones: nothing is left behind
@@ -124,8 +125,9 @@ class LLM:
         params = sampling_params or self.get_default_sampling_params()
         if not isinstance(prompt, str | Mapping) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.engine.tokenizer.apply_chat_template(prompt)  # pyright: ignore
-        request_id = self._add(prompt, params, 0)  # pyright: ignore[reportArgumentType]
+        request_id = str(next(self._ids))
         try:
+            self._add(request_id, prompt, params, 0)  # pyright: ignore[reportArgumentType]
             finished = False
             while not finished:
                 if request_id not in self._unread:
@@ -159,11 +161,10 @@ class LLM:
         """Forget the cached prefixes."""
         self.engine.scheduler.pool.reset_prefix_cache()
 
-    def _add(self, prompt: Prompt, params: SamplingParams, priority: int) -> str:
+    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
         text, token_ids, salt = parse_prompt(prompt, self.engine)
-        request_id = str(next(self._ids))
-        self.engine.add_request(request_id, token_ids, params, text, priority, salt)
-        return request_id
+        with _interrupts_held():
+            self.engine.add_request(request_id, token_ids, params, text, priority, salt)
 
     def _run(self, ids: Sequence[str], report: Report) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
@@ -184,14 +185,15 @@ class LLM:
 
     def _forget(self, ids: Sequence[str]) -> None:
         """Abort what is not finished."""
-        for request_id in ids:
-            self.engine.abort(request_id)
-            self._unread.pop(request_id, None)
+        with _interrupts_held():
+            for request_id in ids:
+                self.engine.abort(request_id)
+                self._unread.pop(request_id, None)
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of a step: half a step would leave no usable cache."""
+    """Let Ctrl-C wait: half a step leaves no usable cache, half a request no usable queue."""
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(usual):
         yield

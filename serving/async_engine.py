@@ -7,6 +7,7 @@ calls, and it answers through one mailbox a request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -48,7 +49,7 @@ class AsyncEngine:
             with bars(progress) as report:
                 engine = EngineCore(config, report)
         self.engine = engine
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, _Mailbox] = {}  # touched by the engine's thread only
         self._ids = itertools.count()
         self._death: BaseException | None = None
@@ -81,16 +82,16 @@ class AsyncEngine:
             self.engine.add_request(request_id, ids, params, text, priority, salt)
             self._mailboxes[request_id] = mailbox
 
-        await self._call(add)
         try:
+            await self._call(add)
             while True:
                 output = await mailbox.fetch()
                 yield output
                 if output.finished:
                     return
         finally:
-            if self._death is None:
-                self._inbox.put(lambda: self._abort(request_id, mailbox))
+            # Also if the reader was cancelled before the engine's thread saw the request.
+            self._post(lambda: self._abort(request_id, mailbox))
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its iterator yields a last state. Unknown ids are ignored."""
@@ -111,25 +112,23 @@ class AsyncEngine:
 
     async def _call(self, function: Callable[[], None]) -> None:
         """Run a function in the engine's thread, between two steps."""
-        if self._death is not None:
-            raise EngineDeadError(str(self._death)) from self._death
-        done: Future[None] = Future()
+        await asyncio.wrap_future(self._post(function))
 
-        def call() -> None:
-            try:
-                function()
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
+    def _post(self, function: Callable[[], None]) -> Future[None]:
+        call = _Call(function)
         self._inbox.put(call)
-        waiting = asyncio.wrap_future(done)
-        while not done.done():
-            await asyncio.wait((waiting,), timeout=1.0)
-            if self._death is not None and not done.done():
-                raise EngineDeadError(str(self._death)) from self._death
-        await waiting
+        if self._death is not None:  # perhaps nobody looks into the inbox any more
+            self._refuse_calls(self._death)
+        return call.done
+
+    def _refuse_calls(self, death: BaseException) -> None:
+        while True:
+            try:
+                call = self._inbox.get(block=False)
+            except queue.Empty:
+                return
+            if call is not None:
+                call.refuse(death)
 
     def _abort(self, request_id: str, mailbox: _Mailbox | None = None) -> None:
         if mailbox is not None and self._mailboxes.get(request_id) is not mailbox:
@@ -153,6 +152,7 @@ class AsyncEngine:
             for mailbox in self._mailboxes.values():
                 mailbox.put(error)
             self._mailboxes.clear()
+            self._refuse_calls(error)
 
     def _drain(self) -> bool:
         """Do what is in the inbox, waiting for something if the engine is idle; stop on `None`."""
@@ -164,7 +164,7 @@ class AsyncEngine:
                 return True
             if call is None:
                 return False
-            call()
+            call.run()
             block = not self.engine.has_requests
 
     def _deliver(self, output: RequestOutput) -> None:
@@ -174,6 +174,32 @@ class AsyncEngine:
         if output.finished:
             del self._mailboxes[output.request_id]
         mailbox.put(output)
+
+
+class _Call:
+    """A function for the engine's thread, and what became of it."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self.done: Future[None] = Future()
+
+    def run(self) -> None:
+        """Call the function, unless nobody waits for it any more."""
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            self._function()
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+    def refuse(self, death: BaseException) -> None:
+        """Say that the engine is dead."""
+        if self.done.set_running_or_notify_cancel():
+            error = EngineDeadError(str(death))
+            error.__cause__ = death
+            self.done.set_exception(error)
 
 
 class _Mailbox:
@@ -187,7 +213,7 @@ class _Mailbox:
     def put(self, item: RequestOutput | BaseException) -> None:
         """Replace what is in the box; called by the engine's thread."""
         self._newest = item
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def fetch(self) -> RequestOutput:

@@ -65,6 +65,10 @@ def test_flat_names_reach_their_parts() -> None:
     assert (config.cache.block_size, config.scheduler.max_num_seqs) == (16, 3)
 
 
+def test_no_seed_is_the_default_seed() -> None:
+    assert EngineConfig.from_keywords(seed=None) == EngineConfig()
+
+
 def test_unknown_names_are_refused_together() -> None:
     with pytest.raises(TypeError, match=r"unknown engine option\(s\): apples, bananas"):
         EngineConfig.from_keywords(bananas=1, apples=2)

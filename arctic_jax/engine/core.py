@@ -97,6 +97,7 @@ class EngineCore:
         room = self.max_model_len - len(ids)
         bad_words = tuple(word for w in params.bad_words or () for word in self._spellings(w))
         members = []
+        others = replace(params, prompt_logprobs=None)  # the prompt is reported once
         for index in range(params.n):
             self._num_requests += 1
             seed = self._default_seed() if params.seed is None else int(params.seed)
@@ -104,7 +105,7 @@ class EngineCore:
                 request_id=request_id,
                 index=index,
                 prompt_token_ids=ids,
-                params=params,
+                params=others if index else params,
                 max_tokens=min(params.max_tokens or room, room),
                 eos_token_ids=self.files.eos_token_ids,
                 seed=(seed + index + 2**63) % 2**64 - 2**63,

@@ -73,6 +73,7 @@ class ModelRunner:
         self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens)
         self.buckets = bucket_ladder(self.max_num_seqs, max_tokens, self.max_prompt_rows, sp)
 
+        self.max_model_len = _max_model_len(config.load.max_model_len, model_config)
         self.dtype = _compute_dtype(config.load.dtype, model_config)
         num_devices = parallel.num_devices
         implementation = config.load.implementation
@@ -87,7 +88,6 @@ class ModelRunner:
             dtype=self.dtype,
             partition=PartitionSpec(None, self.layout.devices or None),
         )
-        self.max_model_len = config.load.max_model_len or model_config.max_position_embeddings
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
         self.programs = ProgramCache(
             model,
@@ -275,6 +275,16 @@ class _SamplerRows:
             bias[token] += value
         bias[list(banned)] = -np.inf
         return bias
+
+
+def _max_model_len(wanted: int | None, model_config: ModelConfig) -> int:
+    """Return the longest sequence: what is wanted, if positions so high mean something."""
+    longest, rope = model_config.max_position_embeddings, model_config.rope
+    if rope.type in ("linear", "yarn"):
+        longest = max(longest, int(rope.factor * rope.original_max_position_embeddings))
+    if wanted is not None and wanted > longest:
+        raise ValueError(f"max_model_len={wanted} is more than the model's {longest} positions")
+    return wanted or model_config.max_position_embeddings
 
 
 def _compute_dtype(dtype: str, model_config: ModelConfig) -> jnp.dtype:
