@@ -1,0 +1,101 @@
+"""Where the time of a decode step goes: packing, dispatch, device, reading back.
+
+    python scripts/gpu/step_time.py --batches 1 16 64 256 --out DIR
+
+Decode steps of the dummy Llama-3.1-8B at a context of 1,024. `device` is the time of a step when
+many are started one after the other without reading their results; `whole` is `EngineCore.step`.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from arctic_jax import LLM, SamplingParams
+from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest
+
+
+def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="benchmarks/configs/llama-3.1-8b")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    llm = LLM(
+        args.model,
+        load_format="dummy",
+        max_model_len=args.max_model_len,
+        max_num_seqs=max(args.batches),
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+    )
+    engine, runner = llm.engine, llm.engine.runner
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    rows = []
+    for batch in args.batches:
+        for i in range(batch):
+            prompt = rng.integers(0, runner.model_config.vocab_size, args.context).tolist()
+            engine.add_request(str(i), prompt, params)
+        running = engine.scheduler.running
+        while engine.scheduler.waiting or any(not r.output_token_ids for r in running):
+            engine.step()
+        whole = median_ms(engine.step)
+        scheduled = ScheduledBatch(
+            tuple(ScheduledRequest(r, r.num_computed_tokens, 1, 1, True) for r in running)
+        )
+        bucket = Bucket.fit(scheduled, runner.buckets)
+        pack = median_ms(lambda s=scheduled, b=bucket: runner._pack(s, b))
+        packed = runner._pack(scheduled, bucket)
+
+        def launch(b: Bucket = bucket, p: np.ndarray = packed) -> jax.Array:
+            runner.cache, runner.state, output = runner.programs.run(
+                runner.layout, b, runner.leaves, runner.cache, runner.state, p
+            )
+            return output
+
+        jax.block_until_ready(launch())
+        start = time.perf_counter()
+        outputs = [launch() for _ in range(30)]
+        dispatch = (time.perf_counter() - start) / 30 * 1e3
+        jax.block_until_ready(outputs)
+        device = (time.perf_counter() - start) / 30 * 1e3
+        alone = median_ms(lambda launch=launch: np.asarray(launch()))
+        row = {
+            "batch": batch,
+            "whole": whole,
+            "pack": pack,
+            "dispatch": dispatch,
+            "device": device,
+            "launch_and_read": alone,
+        }
+        rows.append(row)
+        print("  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+        with jax.profiler.trace(str(args.out / f"trace_{batch}")):
+            for _ in range(4):
+                np.asarray(launch())
+        for i in range(batch):
+            engine.abort(str(i))
+    (args.out / "step_time.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
