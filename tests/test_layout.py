@@ -138,3 +138,10 @@ def test_no_file_says_where_packages_come_from():
         text = path.read_bytes().decode(errors="ignore")
         found += [(path.name, host) for host in hosts if host in text]
     assert found == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_paths_in_a_document_exist(name):
+    folders = "arctic_jax|models|serving|pallas_kernels|tests|scripts|docs"
+    paths = re.findall(rf"`((?:{folders})/[\w./-]*)`", (ROOT / name).read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
