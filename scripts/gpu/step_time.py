@@ -15,10 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams
-from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest
+from arctic_jax.batch import Bucket, ForwardBatch, ScheduledBatch, ScheduledRequest, StepOutput
+from arctic_jax.engine import programs
+from arctic_jax.engine.sampler import SamplerState
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
@@ -30,15 +33,28 @@ def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times) * 1e3
 
 
+def greedy_sample(
+    logits: jax.Array, batch: ForwardBatch, state: SamplerState, max_logprobs: int
+) -> tuple[StepOutput, SamplerState]:
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    report = programs.sampler._no_logprobs(logits.shape[0], max_logprobs)
+    return StepOutput(tokens, jnp.isfinite(logits).all(axis=-1), *report), state
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="benchmarks/configs/llama-3.1-8b")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--compiler-options", default="{}", help="JSON, for the step programs")
+    parser.add_argument("--greedy", action="store_true", help="nothing but the arg-max")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    programs.COMPILER_OPTIONS[jax.default_backend()] |= json.loads(args.compiler_options)
+    if args.greedy:
+        programs.sampler.sample = greedy_sample
     llm = LLM(
         args.model,
         load_format="dummy",
@@ -60,7 +76,8 @@ def main() -> None:
             engine.step()
         whole = median_ms(engine.step)
         scheduled = ScheduledBatch(
-            tuple(ScheduledRequest(r, r.num_computed_tokens, 1, 1, True) for r in running)
+            # The token before the last: its block is there.
+            tuple(ScheduledRequest(r, r.num_computed_tokens - 1, 1, 1, False) for r in running)
         )
         bucket = Bucket.fit(scheduled, runner.buckets)
         pack = median_ms(lambda s=scheduled, b=bucket: runner._pack(s, b))
