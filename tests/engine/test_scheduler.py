@@ -64,7 +64,7 @@ def accept(scheduler: Scheduler, scheduled: ScheduledBatch, token: int = 7) -> l
             rows = part.num_rows - part.samples
             request.prompt_logprobs += [{0: Logprob(0.0)}] * rows
         if part.samples:
-            request.append(token)
+            request.take_token(token)
             if len(request.output_token_ids) >= request.max_tokens:
                 scheduler.finish(request, RequestStatus.LENGTH)
                 ended.append(request)
