@@ -135,7 +135,7 @@ def bucket_ladder(
     """Return the sorted shapes that are compiled.
 
     Decode steps come in powers of two of sequences, with and without draws; mixed steps in powers
-    of two of tokens, and two shapes have a row of logits for many tokens (prompt log-probabilities).
+    of two of tokens, and two shapes have rows of logits for many tokens (prompt log-probabilities).
 
     Args:
         max_num_seqs: sequences that run at once.
