@@ -94,7 +94,8 @@ def check(scheduler: Scheduler, scheduled: ScheduledBatch) -> None:
         assert request in scheduler.running
         assert part.num_tokens >= 1
         assert part.end == request.num_computed_tokens <= request.num_tokens
-        assert part.samples == (part.end == request.num_tokens)
+        # A part that samples has made room for one more token.
+        assert part.samples == (part.end == request.num_tokens - part.samples)
         assert len(request.block_ids) == -(-part.end // SIZE)
         for block in request.block_ids[part.start // SIZE :]:
             assert writers.setdefault(block, request) is request, "two write to one block"
