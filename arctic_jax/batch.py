@@ -74,6 +74,11 @@ class ScheduledBatch:
         return sum(r.num_rows for r in self.requests)
 
     @functools.cached_property
+    def draws(self) -> bool:
+        """Whether anything but the likeliest tokens is wanted; see `Bucket`."""
+        return any(not p.request.params.plain or p.request.wants_prompt_rows for p in self.requests)
+
+    @functools.cached_property
     def max_query_len(self) -> int:
         """Most tokens of one request."""
         return max(r.num_tokens for r in self.requests)
@@ -88,12 +93,15 @@ class Bucket:
         num_rows: R, rows of logits.
         num_seqs: S, sequences.
         max_query_len: most tokens of one sequence; 1 for a decode step, where T == S == R.
+        draws: whether tokens are drawn, logits adjusted or log-probabilities reported; without it
+            a step takes the likeliest tokens, and the host need not wait for any decision in it.
     """
 
     num_tokens: int
     num_rows: int
     num_seqs: int
     max_query_len: int
+    draws: bool = True
 
     def fits(self, batch: ScheduledBatch) -> bool:
         """Whether the batch can be padded to this shape."""
@@ -102,6 +110,7 @@ class Bucket:
             and batch.num_rows <= self.num_rows
             and len(batch.requests) <= self.num_seqs
             and batch.max_query_len <= self.max_query_len
+            and (self.draws or not batch.draws)
         )
 
     @staticmethod
@@ -125,8 +134,8 @@ def bucket_ladder(
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
-    Decode steps come in powers of two of sequences, mixed steps in powers of two of tokens, and two
-    shapes have a row of logits for many tokens (prompt log-probabilities).
+    Decode steps come in powers of two of sequences, with and without draws; mixed steps in powers
+    of two of tokens, and two shapes have rows of logits for many tokens (prompt log-probabilities).
 
     Args:
         max_num_seqs: sequences that run at once.
@@ -141,7 +150,7 @@ def bucket_ladder(
     decode = {up(n) for n in _powers(1, max_num_seqs)}
     mixed = {up(n) for n in _powers(min(32, max_num_batched_tokens), max_num_batched_tokens)}
     seqs = max(decode)
-    ladder = {Bucket(n, n, n, 1) for n in decode}
+    ladder = {Bucket(n, n, n, 1, draws) for n in decode for draws in (False, True)}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
     ladder |= {
         Bucket(n, max_prompt_rows + seqs, seqs, n) for n in (up(max_prompt_rows), max(mixed))
@@ -163,6 +172,7 @@ def _powers(lowest: int, highest: int) -> list[int]:
     jax.tree_util.register_dataclass,
     data_fields=[
         "token_ids",
+        "token_source",
         "positions",
         "slot_mapping",
         "query_start_loc",
@@ -191,6 +201,7 @@ class ForwardBatch:
 
     Attributes:
         token_ids: `[T]`; padding is token 0.
+        token_source: `[T]` the row of the step before that draws this token; -1 if it is known.
         positions: `[T]` of each token in its sequence.
         slot_mapping: `[T]` where its key and value go; -1 for padding.
         query_start_loc: `[S+1]`; empty slots repeat the end.
@@ -209,6 +220,7 @@ class ForwardBatch:
     """
 
     token_ids: Array
+    token_source: Array
     positions: Array
     slot_mapping: Array
     query_start_loc: Array
@@ -252,7 +264,7 @@ def _shapes(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
     special["want_logprobs"] = ()
     shapes = {}
     for f in fields(ForwardBatch):
-        if f.name in ("token_ids", "positions", "slot_mapping"):
+        if f.name in ("token_ids", "token_source", "positions", "slot_mapping"):
             shapes[f.name] = (T,)
         elif f.name == "logit_rows" or f.name.startswith("row_"):
             shapes[f.name] = (R,)

@@ -177,6 +177,11 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def plain(self) -> bool:
+        """Whether only the likeliest tokens are wanted, and nothing is reported of them."""
+        return self.greedy and not self.adjusts_logits and self.logprobs is None
+
+    @property
     def adjusts_logits(self) -> bool:
         """Whether logits depend on earlier tokens or on lists of tokens."""
         return bool(
@@ -285,7 +290,8 @@ class Request:
     """One sequence in the engine: one of the `n` answers of what the user asked.
 
     It has no phases: `num_computed_tokens` of `token_ids` are in the cache, and the scheduler lets
-    it catch up. Preemption sets `num_computed_tokens` back to 0.
+    it catch up. Preemption sets `num_computed_tokens` back to 0. The last `num_pending` entries of
+    `token_ids` are placeholders: tokens that the device is still drawing.
     """
 
     request_id: str
@@ -304,6 +310,8 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_pending: int = 0
+    num_published_blocks: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     slot: int = -1
@@ -334,10 +342,27 @@ class Request:
         """Prompt tokens."""
         return len(self.prompt_token_ids)
 
-    def append(self, token: int) -> None:
-        """Take a sampled token."""
+    @property
+    def num_drawn(self) -> int:
+        """Output tokens, those that are still being drawn included."""
+        return len(self.output_token_ids) + self.num_pending
+
+    def expect_token(self) -> None:
+        """Make room for a token that the device will draw."""
+        self.token_ids.append(0)
+        self.num_pending += 1
+
+    def take_token(self, token: int) -> None:
+        """Put a drawn token in the place of the first placeholder."""
         self.output_token_ids.append(token)
-        self.token_ids.append(token)
+        self.token_ids[-self.num_pending] = token
+        self.num_pending -= 1
+
+    @property
+    def waits_for_tokens(self) -> bool:
+        """Whether what comes next cannot be computed before the pending tokens are known."""
+        host_decides = self.params.bad_words or self.params.min_tokens
+        return bool(self.num_pending and (host_decides or self.num_drawn >= self.max_tokens))
 
     @property
     def wants_prompt_rows(self) -> bool:

@@ -1,6 +1,6 @@
 """The engine: requests in, steps, outputs out. Everything here belongs to one thread.
 
-`EngineCore.step` is the architecture: schedule, run, accept, release.
+`EngineCore.step` is the architecture: schedule, launch, accept, release.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
-from arctic_jax.engine.runner import ModelRunner
+from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.loading import hub
@@ -64,10 +64,11 @@ class EngineCore:
             self.runner.max_prompt_rows,
             by_priority=config.scheduler.scheduling_policy == "priority",
         )
-        self.outputs = OutputProcessor(self.tokenizer, self.max_model_len)
+        self.outputs = OutputProcessor(self.tokenizer)
         self._groups: dict[str, RequestGroup] = {}
         self._group_of: dict[Request, RequestGroup] = {}
         self._num_requests = 0
+        self._in_flight: LaunchedStep | None = None
 
     def add_request(
         self,
@@ -122,21 +123,28 @@ class EngineCore:
             self.scheduler.add(member)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; return the requests in which something changed."""
+        """Launch a step, then take the results of the one before; return what changed.
+
+        So the host works on one step while the device computes the next. What ends with the step
+        before is found out after the next was launched with it: that result is discarded.
+        """
         scheduled = self.scheduler.schedule()
-        if not scheduled.requests:
-            return []
+        step, self._in_flight = self._in_flight, None
         try:
-            output = self.runner.run(scheduled)
+            if scheduled.requests:
+                self._in_flight = self.runner.launch(scheduled)
+            if step is None:
+                return []
+            output = step.wait()
         except BaseException:  # nobody may build on what these requests were about to write
-            for part in scheduled.requests:
-                self._finish(part.request, RequestStatus.FAILED)
+            self._in_flight = None
+            parts = (*scheduled.requests, *(step.scheduled.requests if step else ()))
+            for request in {part.request for part in parts if not part.request.status.finished}:
+                self._finish(request, RequestStatus.FAILED)
             raise
-        ended = self.outputs.accept(scheduled, output, self._group_of)
-        changed = {
-            self._group_of[part.request]: None for part in scheduled.requests if part.samples
-        }
-        for request, status in ended:
+        live = [part for part in step.scheduled.requests if not part.request.status.finished]
+        changed = {self._group_of[part.request]: None for part in live if part.samples}
+        for request, status in self.outputs.accept(step.scheduled, output, self._group_of):
             changed[self._group_of[request]] = None
             self._finish(request, status)
         return [self._output(group) for group in changed]

@@ -41,9 +41,8 @@ class RequestGroup:
 class OutputProcessor:
     """Takes each step's output onto its requests and makes `RequestOutput`s."""
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.max_model_len = max_model_len
 
     def open(self, group: RequestGroup) -> None:
         """Start the texts of a new group."""
@@ -70,6 +69,8 @@ class OutputProcessor:
         for part in scheduled.requests:
             rows = range(row, row + part.num_rows)
             row += part.num_rows
+            if part.request.status.finished:  # its end was seen after this step was launched
+                continue
             try:
                 status = self._accept_rows(part, rows, output, groups[part.request])
             except Exception as error:  # one request must not take the others with it
@@ -110,7 +111,7 @@ class OutputProcessor:
         now = time.monotonic()
         request.first_token_time = request.first_token_time or now
         request.last_token_time = now
-        request.append(token)
+        request.take_token(token)
         if params.logprobs is not None:
             request.cumulative_logprob += float(output.logprob[row])
             alternatives = self._logprobs(output, row, token, params.logprobs)
@@ -127,8 +128,7 @@ class OutputProcessor:
             stop = stream.push(token, may_stop and status is None)
             if stop is not None:
                 status, request.stop_reason = RequestStatus.STOPPED, stop
-        full = request.num_tokens >= self.max_model_len
-        if status is None and (full or len(request.output_token_ids) >= request.max_tokens):
+        if status is None and len(request.output_token_ids) >= request.max_tokens:
             status = RequestStatus.LENGTH
         return status
 

@@ -5,6 +5,7 @@ After `compile_all` nothing is compiled any more; `run` only looks programs up.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -36,9 +37,11 @@ COMPILER_OPTIONS: dict[str, dict[str, str | int | bool]] = {"cpu": {}, "gpu": {}
 class ProgramCache:
     """`(layout, bucket)` to a compiled step; nothing else is ever a key.
 
-    A step is `step(leaves, cache, state, packed) -> (cache, state, output)`, with cache and state
-    donated and `output` a packed `StepOutput`. `leaves` is the flat tuple of the model's
-    parameters: rebuilding the module from it happens while the program is traced, not at each call.
+    A step is `step(leaves, cache, state, drawn, packed) -> (cache, state, drawn, output)`, with
+    cache and state donated. `drawn [max_rows]` are the tokens of the step before, which its
+    successor takes before the host has seen them; `output` is a packed `StepOutput`. `leaves` is
+    the flat tuple of the model's parameters: rebuilding the module from it happens while the
+    program is traced, not at each call.
 
     Args:
         model: the module, its parameters abstract.
@@ -53,6 +56,7 @@ class ProgramCache:
         cache_spec: KVCacheSpec,
         max_blocks_per_seq: int,
         max_num_seqs: int,
+        max_rows: int,
         max_logprobs: int,
     ) -> None:
         leaves, self._treedef = jax.tree.flatten(model)
@@ -62,6 +66,7 @@ class ProgramCache:
         self._cache_spec = cache_spec
         self._max_blocks = max_blocks_per_seq
         self._state_shape = (max_num_seqs, model.config.vocab_size)
+        self._max_rows = max_rows
         self._max_logprobs = max_logprobs
         self._programs: dict[tuple[MeshLayout, Bucket], Compiled] = {}
         self._set_row = self._compile_set_row()
@@ -99,10 +104,11 @@ class ProgramCache:
         leaves: Leaves,
         cache: KVCache,
         state: SamplerState,
+        drawn: Array,
         packed: np.ndarray,
-    ) -> tuple[KVCache, SamplerState, Array]:
+    ) -> tuple[KVCache, SamplerState, Array, Array]:
         """Start a step; what it returns are futures, the last one a packed `StepOutput`."""
-        return self._programs[layout, bucket](leaves, cache, state, packed)
+        return self._programs[layout, bucket](leaves, cache, state, drawn, packed)
 
     def set_row(
         self, state: SamplerState, row: int, seen: np.ndarray, bias: np.ndarray
@@ -116,19 +122,27 @@ class ProgramCache:
         replicated = PartitionSpec()
 
         def step(
-            leaves: Leaves, cache: KVCache, state: SamplerState, packed: Array
-        ) -> tuple[KVCache, SamplerState, Array]:
+            leaves: Leaves, cache: KVCache, state: SamplerState, drawn: Array, packed: Array
+        ) -> tuple[KVCache, SamplerState, Array, Array]:
             model: LlamaForCausalLM = jax.tree.unflatten(self._treedef, leaves)
             batch = unpack(packed, bucket, self._max_blocks)
+            known = batch.token_source < 0
+            token_ids = jnp.where(known, batch.token_ids, drawn[jnp.maximum(batch.token_source, 0)])
+            batch = dataclasses.replace(batch, token_ids=token_ids)
             logits, cache = model(batch, cache, layout)
-            output, state = sampler.sample(logits, batch, state, self._max_logprobs)
-            return cache, state, output.pack()
+            if bucket.draws:
+                output, state = sampler.sample(logits, batch, state, self._max_logprobs)
+            else:
+                output = sampler.most_likely(logits, self._max_logprobs)
+            # An update in place of `drawn` makes XLA's CPU compiler crash on several devices.
+            drawn = jnp.pad(output.token_ids, (0, self._max_rows - bucket.num_rows))
+            return cache, state, drawn, output.pack()
 
         sharded = jax.shard_map(
             step,
             mesh=self._mesh,
-            in_specs=(partitions, cache_partition, replicated, replicated),
-            out_specs=(cache_partition, replicated, replicated),
+            in_specs=(partitions, cache_partition, replicated, replicated, replicated),
+            out_specs=(cache_partition, replicated, replicated, replicated),
             check_vma=False,
         )
         shape = (num_blocks, *self._cache_shape)
@@ -138,12 +152,13 @@ class ProgramCache:
         )
         layer = self._abstract(shape, self._cache_spec.dtype, cache_partition)
         layers = (layer,) * self._cache_spec.num_layers
+        drawn = self._abstract((self._max_rows,), jnp.dtype(jnp.int32), replicated)
         packed = self._abstract((packed_size(bucket, self._max_blocks),), jnp.int32, replicated)
         # On GPUs a float32 product would otherwise be computed with 10 bits of mantissa.
         exact = "highest" if self._cache_spec.dtype == jnp.float32 else None
         with jax.default_matmul_precision(exact):
             return jax.jit(sharded, donate_argnums=(1, 2)).lower(
-                leaves, KVCache(layers, layers), self._abstract_state(), packed
+                leaves, KVCache(layers, layers), self._abstract_state(), drawn, packed
             )
 
     @property

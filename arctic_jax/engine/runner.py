@@ -6,9 +6,11 @@ runs the program and brings the results to the host.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -40,6 +42,18 @@ from arctic_jax.weights import Checkpoint, ParameterSpec
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that the device computes."""
+
+    scheduled: ScheduledBatch
+    output: jax.Array
+
+    def wait(self) -> HostOutput:
+        """Wait for its results."""
+        return HostOutput.unpack(np.asarray(self.output), self.scheduled.num_rows)
 
 
 class ModelRunner:
@@ -89,6 +103,7 @@ class ModelRunner:
             partition=PartitionSpec(None, self.layout.devices or None),
         )
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
+        max_rows = max(bucket.num_rows for bucket in self.buckets)
         self.programs = ProgramCache(
             model,
             {self.layout: partitions},
@@ -96,6 +111,7 @@ class ModelRunner:
             self.cache_spec,
             self.max_blocks_per_seq,
             self.max_num_seqs,
+            max_rows,
             config.scheduler.max_logprobs,
         )
         self.num_blocks = config.cache.num_blocks or self._blocks_that_fit(config.cache)
@@ -112,20 +128,28 @@ class ModelRunner:
         self.state = jax.device_put(
             SamplerState.zeros(self.max_num_seqs, model_config.vocab_size), replicated
         )
+        self._drawn = jax.device_put(np.zeros(max_rows, np.int32), replicated)
+        self._row_of: dict[Request, int] = {}  # of the step launched last
         self._rows = _SamplerRows(model_config.vocab_size)
 
-    def run(self, scheduled: ScheduledBatch) -> HostOutput:
-        """Compute a step and wait for its results."""
+    def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
+        """Start a step; its results are still on their way."""
         for part in scheduled.requests:
             row = self._rows.changed(part.request) if part.samples else None
             if row is not None:
                 self.state = self.programs.set_row(self.state, part.request.slot, *row)
         bucket = Bucket.fit(scheduled, self.buckets)
         packed = self._pack(scheduled, bucket)
-        self.cache, self.state, output = self.programs.run(
-            self.layout, bucket, self.leaves, self.cache, self.state, packed
+        self.cache, self.state, self._drawn, output = self.programs.run(
+            self.layout, bucket, self.leaves, self.cache, self.state, self._drawn, packed
         )
-        return HostOutput.unpack(np.asarray(output), scheduled.num_rows)
+        if jax.default_backend() == "cpu" and self.mesh.size > 1:
+            # Forced CPU devices share threads: collectives of two steps would wait for each other.
+            output.block_until_ready()
+        output.copy_to_host_async()
+        rows = itertools.accumulate(part.num_rows for part in scheduled.requests)
+        self._row_of = {p.request: row - 1 for p, row in zip(scheduled.requests, rows, strict=True)}
+        return LaunchedStep(scheduled, output)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
@@ -183,6 +207,7 @@ class ModelRunner:
         packed = np.zeros(packed_size(bucket, self.max_blocks_per_seq), np.int32)
         views = host_views(packed, bucket, self.max_blocks_per_seq)
         views["slot_mapping"][:] = -1
+        views["token_source"][:] = -1
         views["row_target"][:] = 0  # padding's; those of requests follow
         views["state_row"][:] = -1
         token = row = 0
@@ -193,6 +218,8 @@ class ModelRunner:
             positions = np.arange(part.start, part.end, dtype=np.int32)
             blocks = np.asarray(request.block_ids, np.int32)
             views["token_ids"][tokens] = request.token_ids[part.start : part.end]
+            if request.num_pending > part.samples:  # the step before is still drawing the last one
+                views["token_source"][token + part.num_tokens - 1] = self._row_of[request]
             views["positions"][tokens] = positions
             views["slot_mapping"][tokens] = blocks[positions // size] * size + positions % size
             views["query_start_loc"][s] = token
@@ -204,9 +231,9 @@ class ModelRunner:
                 first = part.end - part.num_rows
                 views["logit_rows"][rows] = np.arange(token - part.num_rows, token)
                 views["row_seq"][rows] = s
-                views["row_step"][rows] = len(request.output_token_ids)
+                views["row_step"][rows] = request.num_drawn - part.samples
                 # Rows before the last known token predict a token of the prompt.
-                targets = request.token_ids[first + 1 : part.end + 1]
+                targets = request.token_ids[first + 1 : part.end + (not part.samples)]
                 views["row_target"][rows] = [*targets, -1] if part.samples else targets
                 row += part.num_rows
                 want_logprobs |= params.logprobs is not None or request.wants_prompt_rows

@@ -89,6 +89,13 @@ def sample(
     return output, SamplerState(seen=seen, bias=state.bias)
 
 
+def most_likely(logits: Array, max_logprobs: int) -> StepOutput:
+    """Take the likeliest token of each row of `logits [R, vocab]` and report nothing of it."""
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    report = _no_logprobs(logits.shape[0], max_logprobs)
+    return StepOutput(tokens, jnp.isfinite(logits).all(axis=-1), *report)
+
+
 def _adjust(logits: Array, batch: ForwardBatch, state: SamplerState, state_row: Array) -> Array:
     """Apply penalties and biases to the rows that have state."""
     seq = batch.row_seq

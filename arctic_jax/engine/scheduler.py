@@ -82,7 +82,8 @@ class Scheduler:
         while i < len(self.running) and tokens:
             request = self.running[i]
             part = ScheduledRequest.plan(request, request.num_computed_tokens, tokens, rows)
-            if part.num_tokens < 1:  # no rows left for its prompt log-probabilities
+            # Without tokens: no rows are left for its prompt log-probabilities.
+            if part.num_tokens < 1 or request.waits_for_tokens:
                 i += 1
                 continue
             while not self._extend(request, part.end):
@@ -144,8 +145,7 @@ class Scheduler:
         request.num_cached_tokens = request.num_computed_tokens
 
     def _detach(self, request: Request) -> None:
-        self.pool.release(request.block_ids)
-        request.block_ids = []
+        self._release(request)
         request.num_computed_tokens = request.num_cached_tokens = 0
 
     def _start(self, request: Request) -> None:
@@ -158,8 +158,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Send a running request back to wait; it will compute all its tokens again."""
         self.running.remove(request)
-        self._release(request)
-        request.num_computed_tokens = request.num_cached_tokens = 0
+        self._detach(request)
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         self._enqueue(self.waiting, request)
@@ -167,6 +166,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_ids)
         request.block_ids = []
+        request.num_published_blocks = 0
         if request.slot >= 0:
             self._free_slots.append(request.slot)
             request.slot = -1
@@ -181,13 +181,18 @@ class Scheduler:
         chosen.append(part)
         request, size = part.request, self.pool.block_size
         request.num_computed_tokens = part.end
-        if part.start // size == part.end // size:
+        known = min(part.end, request.num_tokens - request.num_pending)
+        if part.samples:
+            request.expect_token()
+        full = known // size
+        if full == request.num_published_blocks:
             return
         hashes = self.pool.hashes(
-            request.token_ids[: part.end], request.block_hashes, request.cache_salt
+            request.token_ids[:known], request.block_hashes, request.cache_salt
         )
-        for i in range(part.start // size, min(part.end // size, len(hashes))):
+        for i in range(request.num_published_blocks, min(full, len(hashes))):
             self.pool.publish(request.block_ids[i], hashes[i])
+        request.num_published_blocks = full
 
     def _enqueue(self, queue: list[Request], request: Request) -> None:
         bisect.insort(queue, request, key=self._order.__getitem__)

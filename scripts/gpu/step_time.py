@@ -81,13 +81,9 @@ def main() -> None:
         )
         bucket = Bucket.fit(scheduled, runner.buckets)
         pack = median_ms(lambda s=scheduled, b=bucket: runner._pack(s, b))
-        packed = runner._pack(scheduled, bucket)
 
-        def launch(b: Bucket = bucket, p: np.ndarray = packed) -> jax.Array:
-            runner.cache, runner.state, output = runner.programs.run(
-                runner.layout, b, runner.leaves, runner.cache, runner.state, p
-            )
-            return output
+        def launch(s: ScheduledBatch = scheduled) -> jax.Array:
+            return runner.launch(s).output
 
         jax.block_until_ready(launch())
         start = time.perf_counter()

@@ -43,6 +43,7 @@ def make_batch(
     unused = jnp.zeros(1, jnp.int32)
     return ForwardBatch(
         token_ids=unused,
+        token_source=unused,
         positions=unused,
         slot_mapping=unused,
         query_start_loc=unused,

@@ -64,7 +64,7 @@ def accept(scheduler: Scheduler, scheduled: ScheduledBatch, token: int = 7) -> l
             rows = part.num_rows - part.samples
             request.prompt_logprobs += [{0: Logprob(0.0)}] * rows
         if part.samples:
-            request.append(token)
+            request.take_token(token)
             if len(request.output_token_ids) >= request.max_tokens:
                 scheduler.finish(request, RequestStatus.LENGTH)
                 ended.append(request)
@@ -94,7 +94,8 @@ def check(scheduler: Scheduler, scheduled: ScheduledBatch) -> None:
         assert request in scheduler.running
         assert part.num_tokens >= 1
         assert part.end == request.num_computed_tokens <= request.num_tokens
-        assert part.samples == (part.end == request.num_tokens)
+        # A part that samples has made room for one more token.
+        assert part.samples == (part.end == request.num_tokens - part.samples)
         assert len(request.block_ids) == -(-part.end // SIZE)
         for block in request.block_ids[part.start // SIZE :]:
             assert writers.setdefault(block, request) is request, "two write to one block"
