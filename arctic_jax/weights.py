@@ -210,8 +210,8 @@ def random(
 ) -> dict[str, jax.Array]:
     """Make random weights of the right shapes on the devices: `load_format="dummy"`.
 
-    Matrices are normal with deviation 0.02, vectors (norms, biases) are ones and near-zero values
-    would serve no better: only shapes and finite values matter to a benchmark.
+    Matrices are normal with deviation 0.02, vectors are ones: a benchmark only wants the shapes,
+    and finite values.
     """
     placed = {}
     for i, (path, spec) in enumerate(parameters.items()):

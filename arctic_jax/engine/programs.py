@@ -30,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 Leaves = tuple[Array, ...]
 
-COMPILER_OPTIONS: dict[str, dict[str, str | int | bool]] = {"cpu": {}, "gpu": {}}
-"""XLA's options for the step programs, by platform."""
-
 
 class ProgramCache:
     """`(layout, bucket)` to a compiled step; nothing else is ever a key.
@@ -83,7 +80,7 @@ class ProgramCache:
         keys = [(layout, bucket) for layout in layouts for bucket in buckets]
 
         def compile_one(key: tuple[MeshLayout, Bucket], lowered: jax.stages.Lowered) -> None:
-            self._programs[key] = lowered.compile(COMPILER_OPTIONS[jax.default_backend()])
+            self._programs[key] = lowered.compile()
             on_compiled()
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:

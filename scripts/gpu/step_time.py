@@ -7,6 +7,7 @@ many are started one after the other without reading their results; `whole` is `
 """
 
 import argparse
+import functools
 import json
 import logging
 import statistics
@@ -15,13 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams
-from arctic_jax.batch import Bucket, ForwardBatch, ScheduledBatch, ScheduledRequest, StepOutput
-from arctic_jax.engine import programs
-from arctic_jax.engine.sampler import SamplerState
+from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
@@ -33,14 +31,6 @@ def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times) * 1e3
 
 
-def greedy_sample(
-    logits: jax.Array, batch: ForwardBatch, state: SamplerState, max_logprobs: int
-) -> tuple[StepOutput, SamplerState]:
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    report = programs.sampler._no_logprobs(logits.shape[0], max_logprobs)
-    return StepOutput(tokens, jnp.isfinite(logits).all(axis=-1), *report), state
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="benchmarks/configs/llama-3.1-8b")
@@ -48,13 +38,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--compiler-options", default="{}", help="JSON, for the step programs")
-    parser.add_argument("--greedy", action="store_true", help="nothing but the arg-max")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    programs.COMPILER_OPTIONS[jax.default_backend()] |= json.loads(args.compiler_options)
-    if args.greedy:
-        programs.sampler.sample = greedy_sample
+    options = json.loads(args.compiler_options)
+    jax.stages.Lowered.compile = functools.partialmethod(jax.stages.Lowered.compile, options)
     llm = LLM(
         args.model,
         load_format="dummy",
