@@ -147,7 +147,7 @@ class EngineCore:
         for request, status in self.outputs.accept(step.scheduled, output, self._group_of):
             changed[self._group_of[request]] = None
             self._finish(request, status)
-        return [self._output(group) for group in changed]
+        return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; return its last state, or `None` if there is no such request."""

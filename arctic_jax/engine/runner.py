@@ -6,7 +6,6 @@ runs the program and brings the results to the host.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -25,10 +24,9 @@ from arctic_jax.batch import (
     HostOutput,
     ScheduledBatch,
     bucket_ladder,
-    host_views,
-    packed_size,
 )
 from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig
+from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
 from arctic_jax.kv_cache import KVCacheSpec
@@ -129,17 +127,22 @@ class ModelRunner:
             SamplerState.zeros(self.max_num_seqs, model_config.vocab_size), replicated
         )
         self._drawn = jax.device_put(np.zeros(max_rows, np.int32), replicated)
-        self._row_of: dict[Request, int] = {}  # of the step launched last
+        self.packer = StepPacker(
+            self.max_num_seqs,
+            self.max_blocks_per_seq,
+            self.cache_spec.block_size,
+            model_config.vocab_size,
+        )
         self._rows = _SamplerRows(model_config.vocab_size)
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start a step; its results are still on their way."""
-        for part in scheduled.requests:
+        for part in scheduled.requests if scheduled.draws else ():
             row = self._rows.changed(part.request) if part.samples else None
             if row is not None:
                 self.state = self.programs.set_row(self.state, part.request.slot, *row)
         bucket = Bucket.fit(scheduled, self.buckets)
-        packed = self._pack(scheduled, bucket)
+        packed = self.packer.pack(scheduled, bucket)
         self.cache, self.state, self._drawn, output = self.programs.run(
             self.layout, bucket, self.leaves, self.cache, self.state, self._drawn, packed
         )
@@ -147,8 +150,6 @@ class ModelRunner:
             # Forced CPU devices share threads: collectives of two steps would wait for each other.
             output.block_until_ready()
         output.copy_to_host_async()
-        rows = itertools.accumulate(part.num_rows for part in scheduled.requests)
-        self._row_of = {p.request: row - 1 for p, row in zip(scheduled.requests, rows, strict=True)}
         return LaunchedStep(scheduled, output)
 
     def forget(self, request: Request) -> None:
@@ -200,57 +201,6 @@ class ModelRunner:
         free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
         budget = free - state - int(1.2 * workspace)
         return min(most, budget // per_device)
-
-    def _pack(self, scheduled: ScheduledBatch, bucket: Bucket) -> np.ndarray:
-        """Write a step into one array, in the bucket's shape."""
-        size = self.cache_spec.block_size
-        packed = np.zeros(packed_size(bucket, self.max_blocks_per_seq), np.int32)
-        views = host_views(packed, bucket, self.max_blocks_per_seq)
-        views["slot_mapping"][:] = -1
-        views["token_source"][:] = -1
-        views["row_target"][:] = 0  # padding's; those of requests follow
-        views["state_row"][:] = -1
-        token = row = 0
-        want_logprobs = False
-        for s, part in enumerate(scheduled.requests):
-            request, params = part.request, part.request.params
-            tokens = slice(token, token + part.num_tokens)
-            positions = np.arange(part.start, part.end, dtype=np.int32)
-            blocks = np.asarray(request.block_ids, np.int32)
-            views["token_ids"][tokens] = request.token_ids[part.start : part.end]
-            if request.num_pending > part.samples:  # the step before is still drawing the last one
-                views["token_source"][token + part.num_tokens - 1] = self._row_of[request]
-            views["positions"][tokens] = positions
-            views["slot_mapping"][tokens] = blocks[positions // size] * size + positions % size
-            views["query_start_loc"][s] = token
-            views["seq_lens"][s] = part.end
-            views["block_tables"][s, : len(blocks)] = blocks
-            token += part.num_tokens
-            if part.num_rows:
-                rows = slice(row, row + part.num_rows)
-                first = part.end - part.num_rows
-                views["logit_rows"][rows] = np.arange(token - part.num_rows, token)
-                views["row_seq"][rows] = s
-                views["row_step"][rows] = request.num_drawn - part.samples
-                # Rows before the last known token predict a token of the prompt.
-                targets = request.token_ids[first + 1 : part.end + (not part.samples)]
-                views["row_target"][rows] = [*targets, -1] if part.samples else targets
-                row += part.num_rows
-                want_logprobs |= params.logprobs is not None or request.wants_prompt_rows
-            if params.adjusts_logits:
-                views["state_row"][s] = request.slot
-            views["temperature"][s] = params.temperature
-            views["top_k"][s] = min(max(params.top_k, 0), self.model_config.vocab_size)
-            views["top_p"][s] = params.top_p
-            views["min_p"][s] = params.min_p
-            views["presence_penalty"][s] = params.presence_penalty
-            views["frequency_penalty"][s] = params.frequency_penalty
-            views["repetition_penalty"][s] = params.repetition_penalty
-            views["seed"][s] = np.array([request.seed], np.int64).view(np.int32)
-        views["query_start_loc"][len(scheduled.requests) :] = token
-        views["top_p"][len(scheduled.requests) :] = 1.0
-        views["want_logprobs"][...] = want_logprobs
-        return packed
 
 
 class _SamplerRows:

@@ -120,9 +120,9 @@ class Scheduler:
 
     def _extend(self, request: Request, num_tokens: int) -> bool:
         """Give a request the blocks for its first `num_tokens` tokens; all of them or none."""
-        needed = -(-num_tokens // self.pool.block_size) - len(request.block_ids)
-        if needed > 0:
-            blocks = self.pool.allocate(needed)
+        missing = num_tokens - len(request.block_ids) * self.pool.block_size
+        if missing > 0:
+            blocks = self.pool.allocate(-(-missing // self.pool.block_size))
             if blocks is None:
                 return False
             request.block_ids.extend(blocks)
@@ -181,9 +181,9 @@ class Scheduler:
         chosen.append(part)
         request, size = part.request, self.pool.block_size
         request.num_computed_tokens = part.end
-        known = min(part.end, request.num_tokens - request.num_pending)
         if part.samples:
             request.expect_token()
+        known = min(part.end, len(request.token_ids) - request.num_pending)
         full = known // size
         if full == request.num_published_blocks:
             return

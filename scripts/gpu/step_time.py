@@ -73,7 +73,7 @@ def main() -> None:
             tuple(ScheduledRequest(r, r.num_computed_tokens - 1, 1, 1, False) for r in running)
         )
         bucket = Bucket.fit(scheduled, runner.buckets)
-        pack = median_ms(lambda s=scheduled, b=bucket: runner._pack(s, b))
+        pack = median_ms(lambda s=scheduled, b=bucket: runner.packer.pack(s, b))
 
         def launch(s: ScheduledBatch = scheduled) -> jax.Array:
             return runner.launch(s).output
