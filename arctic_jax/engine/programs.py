@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,14 +22,18 @@ from jax.stages import Compiled
 
 from arctic_jax.batch import Bucket, packed_size, unpack
 from arctic_jax.engine import sampler
+from arctic_jax.engine.program_store import ProgramStore
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.kv_cache import KVCache, KVCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
+from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.shift_parallel import MeshLayout
 
 logger = logging.getLogger(__name__)
 
 Leaves = tuple[Array, ...]
+_Key = tuple[MeshLayout, Bucket, int]
+"""Layout, bucket, blocks of the cache."""
 
 
 class ProgramCache:
@@ -43,6 +48,7 @@ class ProgramCache:
     Args:
         model: the module, its parameters abstract.
         leaf_partitions: for each layout, where each leaf lies on the mesh.
+        directory: where compiled programs are kept for the next start; `None` for nowhere.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class ProgramCache:
         max_num_seqs: int,
         max_rows: int,
         max_logprobs: int,
+        directory: Path | None = None,
     ) -> None:
         leaves, self._treedef = jax.tree.flatten(model)
         self._leaf_shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
@@ -66,8 +73,14 @@ class ProgramCache:
         self._max_rows = max_rows
         self._max_logprobs = max_logprobs
         self._programs: dict[tuple[MeshLayout, Bucket], Compiled] = {}
-        self._set_row = self._compile_set_row()
-        self.num_compiled = 1
+        self._store = ProgramStore(
+            directory,
+            mesh.devices.flatten().tolist(),
+            (type(model), model.config, model.implementation, dispatch.interpreter()),
+            (leaf_partitions, self._leaf_shapes, mesh.shape, cache_spec),
+            (max_blocks_per_seq, max_num_seqs, max_rows, max_logprobs),
+        )
+        self._set_row = self._set_row_program()
 
     def compile_all(
         self,
@@ -76,22 +89,29 @@ class ProgramCache:
         num_blocks: int,
         on_compiled: Callable[[], None] = lambda: None,
     ) -> None:
-        """Compile every pair; tracing is serial, XLA's work runs on a few threads."""
-        keys = [(layout, bucket) for layout in layouts for bucket in buckets]
+        """Have a program for every pair, from the store or compiled.
 
-        def compile_one(key: tuple[MeshLayout, Bucket], lowered: jax.stages.Lowered) -> None:
-            self._programs[key] = lowered.compile()
-            on_compiled()
-
+        Loading and XLA's work run on a few threads; tracing is serial.
+        """
+        keys = [(layout, bucket, num_blocks) for layout in layouts for bucket in buckets]
+        found: dict[_Key, Compiled] = {}
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-            jobs = [threads.submit(compile_one, key, self._lower(*key, num_blocks)) for key in keys]
-            for job in jobs:
-                job.result()
-        self.num_compiled += len(keys)
+            for key, program in zip(keys, threads.map(self._load, keys), strict=True):
+                if program is not None:
+                    found[key] = program
+                    on_compiled()
+            jobs = {}
+            for key in (key for key in keys if key not in found):
+                jobs[key] = threads.submit(self._compile, key, self._lower(key))
+                jobs[key].add_done_callback(lambda _: on_compiled())
+            found |= {key: job.result() for key, job in jobs.items()}
+        self._programs = {(layout, bucket): found[layout, bucket, _] for layout, bucket, _ in keys}
 
     def workspace_bytes(self, layout: MeshLayout, bucket: Bucket, num_blocks: int) -> int:
         """Temporary memory of one device that the compiled step needs."""
-        analysis: Any = self._lower(layout, bucket, num_blocks).compile().memory_analysis()
+        key = (layout, bucket, num_blocks)
+        program = self._load(key) or self._compile(key, self._lower(key))
+        analysis: Any = program.memory_analysis()
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
     def run(
@@ -113,7 +133,8 @@ class ProgramCache:
         """Replace one request's row of the sampler state, which is donated."""
         return self._set_row(state, np.int32(row), seen, bias)
 
-    def _lower(self, layout: MeshLayout, bucket: Bucket, num_blocks: int) -> jax.stages.Lowered:
+    def _lower(self, key: _Key) -> jax.stages.Lowered:
+        layout, bucket, _ = key
         partitions = self._leaf_partitions[layout]
         cache_partition = self._cache_spec.partition
         replicated = PartitionSpec()
@@ -142,21 +163,35 @@ class ProgramCache:
             out_specs=(cache_partition, replicated, replicated, replicated),
             check_vma=False,
         )
-        shape = (num_blocks, *self._cache_shape)
+        # On GPUs a float32 product would otherwise be computed with 10 bits of mantissa.
+        exact = "highest" if self._cache_spec.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(exact):
+            return jax.jit(sharded, donate_argnums=(1, 2)).lower(*self._arguments(key))
+
+    def _compile(self, key: _Key, lowered: jax.stages.Lowered) -> Compiled:
+        program = lowered.compile()
+        self._store.save(key, program)
+        return program
+
+    def _load(self, key: _Key) -> Compiled | None:
+        arguments = self._arguments(key)
+        return self._store.load(key, arguments, arguments[1:])
+
+    def _arguments(self, key: _Key) -> tuple[Any, ...]:
+        """Return a step's abstract arguments; its results are a tree like all but the first."""
+        layout, bucket, num_blocks = key
+        partitions = self._leaf_partitions[layout]
+        replicated = PartitionSpec()
         leaves = tuple(
             self._abstract(leaf_shape, dtype, partition)
             for (leaf_shape, dtype), partition in zip(self._leaf_shapes, partitions, strict=True)
         )
-        layer = self._abstract(shape, self._cache_spec.dtype, cache_partition)
+        shape = (num_blocks, *self._cache_shape)
+        layer = self._abstract(shape, self._cache_spec.dtype, self._cache_spec.partition)
         layers = (layer,) * self._cache_spec.num_layers
         drawn = self._abstract((self._max_rows,), jnp.dtype(jnp.int32), replicated)
         packed = self._abstract((packed_size(bucket, self._max_blocks),), jnp.int32, replicated)
-        # On GPUs a float32 product would otherwise be computed with 10 bits of mantissa.
-        exact = "highest" if self._cache_spec.dtype == jnp.float32 else None
-        with jax.default_matmul_precision(exact):
-            return jax.jit(sharded, donate_argnums=(1, 2)).lower(
-                leaves, KVCache(layers, layers), self._abstract_state(), drawn, packed
-            )
+        return leaves, KVCache(layers, layers), self._abstract_state(), drawn, packed
 
     @property
     def _cache_shape(self) -> tuple[int, int, int]:
@@ -175,16 +210,17 @@ class ProgramCache:
             bias=self._abstract(shape, jnp.dtype(jnp.float32), replicated),
         )
 
-    def _compile_set_row(self) -> Compiled:
+    def _set_row_program(self) -> Compiled:
         replicated = PartitionSpec()
         vocab = self._state_shape[1:]
-        return (
-            jax.jit(sampler.set_row, donate_argnums=0)
-            .lower(
-                self._abstract_state(),
-                self._abstract((), jnp.dtype(jnp.int32), replicated),
-                self._abstract(vocab, jnp.dtype(jnp.int32), replicated),
-                self._abstract(vocab, jnp.dtype(jnp.float32), replicated),
-            )
-            .compile()
+        arguments = (
+            self._abstract_state(),
+            self._abstract((), jnp.dtype(jnp.int32), replicated),
+            self._abstract(vocab, jnp.dtype(jnp.int32), replicated),
+            self._abstract(vocab, jnp.dtype(jnp.float32), replicated),
         )
+        program = self._store.load("set_row", arguments, arguments[0])
+        if program is None:
+            program = jax.jit(sampler.set_row, donate_argnums=0).lower(*arguments).compile()
+            self._store.save("set_row", program)
+        return program

@@ -30,6 +30,7 @@ from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
 from arctic_jax.kv_cache import KVCacheSpec
+from arctic_jax.loading import hub
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted
@@ -111,6 +112,7 @@ class ModelRunner:
             self.max_num_seqs,
             max_rows,
             config.scheduler.max_logprobs,
+            hub.cache_directory() / "programs",
         )
         self.num_blocks = config.cache.num_blocks or self._blocks_that_fit(config.cache)
         if self.num_blocks < self.max_blocks_per_seq:
@@ -200,7 +202,9 @@ class ModelRunner:
         state = SamplerState.bytes(self.max_num_seqs, self.model_config.vocab_size)
         free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
         budget = free - state - int(1.2 * workspace)
-        return min(most, budget // per_device)
+        # Stored programs have this number in their shapes, and free memory differs a little from
+        # start to start.
+        return min(most, budget // per_device // 64 * 64)
 
 
 class _SamplerRows:
