@@ -7,6 +7,7 @@ sources of this package, the versions, the hardware, and what its owner names.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -44,6 +45,8 @@ class ProgramStore:
         self._directory = directory
         self._devices = tuple(devices)
         self._owner = repr((_environment(self._devices), owner))
+        if directory is not None and directory.is_dir():
+            _remove_unused(directory)
 
     def load(self, name: object, arguments: Any, results: Any) -> Compiled | None:
         """Return the program of that name, or `None`.
@@ -77,7 +80,6 @@ class ProgramStore:
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(pickle.dumps(serialized))
             os.replace(file.name, path)  # another process may read or write the same program
-            _remove_unused(path.parent)
         except Exception as error:
             logger.warning("a program could not be kept in %s: %s", path.parent, error)
 
@@ -120,5 +122,6 @@ def _processor() -> tuple[str, ...]:
 def _remove_unused(directory: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for path in directory.iterdir():
-        if path.stat().st_mtime < oldest:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process has removed it
+            if path.stat().st_mtime < oldest:
+                path.unlink()

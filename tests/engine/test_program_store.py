@@ -1,5 +1,6 @@
 """Programs kept on disk: found again, not found when anything differs, harmless when damaged."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -68,6 +69,17 @@ def test_damaged_files_and_full_disks_are_no_errors(
     blocked.write_text("")
     store(blocked / "directory").save("double", compiled())
     assert "could not be kept" in caplog.text
+
+
+def test_what_was_not_used_for_long_is_removed(tmp_path: Path) -> None:
+    store(tmp_path).save("double", compiled())
+    (path,) = tmp_path.iterdir()
+    store(tmp_path)
+    assert path.exists()
+    old = path.stat().st_mtime - (program_store.UNUSED_DAYS + 1) * 24 * 3600
+    os.utime(path, (old, old))
+    store(tmp_path)
+    assert not path.exists()
 
 
 def test_a_second_engine_traces_nothing_and_answers_the_same(
