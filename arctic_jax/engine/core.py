@@ -47,20 +47,19 @@ class EngineCore:
         files: ModelFiles | None = None,
     ) -> None:
         _prepare_jax(config)
-        config = config.for_backend(jax.default_backend())
         self.config = config
+        limits = config.scheduler.limits(jax.default_backend())
         self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)
         model_config = cls.config_from_hf(self.files.config)
-        self.runner = ModelRunner(config, cls, model_config, self.files.checkpoint, report)
+        self.runner = ModelRunner(config, limits, cls, model_config, self.files.checkpoint, report)
         self.tokenizer = self.files.tokenizer
         self.max_model_len = self.runner.max_model_len
         self.scheduler = Scheduler(
             BlockPool(
                 self.runner.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching
             ),
-            self.runner.max_num_seqs,
-            config.scheduler.max_num_batched_tokens or 1,
+            limits,
             self.runner.max_prompt_rows,
             by_priority=config.scheduler.scheduling_policy == "priority",
         )

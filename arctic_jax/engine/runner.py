@@ -25,7 +25,7 @@ from arctic_jax.batch import (
     ScheduledBatch,
     bucket_ladder,
 )
-from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig
+from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
 from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
@@ -59,7 +59,8 @@ class ModelRunner:
     """Loads a model and runs its steps.
 
     Args:
-        config: with the backend's defaults filled in.
+        config: what the user set.
+        limits: of a step.
         model_class: from the registry.
         model_config: the model's numbers.
         checkpoint: where weights come from; `None` for random ones.
@@ -70,6 +71,7 @@ class ModelRunner:
     def __init__(
         self,
         config: EngineConfig,
+        limits: StepLimits,
         model_class: type[LlamaForCausalLM],
         model_config: ModelConfig,
         checkpoint: Checkpoint | None,
@@ -81,8 +83,8 @@ class ModelRunner:
         self.model_config = model_config
         self.mesh = make_mesh(tp, sp, devices)
         self.layout = ulysses(tp, sp) if sp > 1 else shift(tp, sp)
-        self.max_num_seqs = config.scheduler.max_num_seqs or 1
-        max_tokens = config.scheduler.max_num_batched_tokens or 1
+        self.max_num_seqs = limits.max_num_seqs
+        max_tokens = limits.max_num_batched_tokens
         self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens)
         self.buckets = bucket_ladder(self.max_num_seqs, max_tokens, self.max_prompt_rows, sp)
 
