@@ -346,8 +346,18 @@ class StepOutput:
     top_token_ids: Array
     top_logprobs: Array
 
+    @staticmethod
+    def width(max_logprobs: int) -> int:
+        """Columns of a packed output."""
+        return 4 + 2 * max_logprobs
+
+    @staticmethod
+    def token_ids_of(packed: Array) -> Array:
+        """Return the tokens of a packed output."""
+        return packed[:, 0]
+
     def pack(self) -> Array:
-        """Put everything into one int32 array `[R, 4 + 2L]`: each array read costs host time."""
+        """Put everything into one int32 array `[R, width]`: each array read costs host time."""
         floats = [self.logprob[:, None], self.top_logprobs]
         ints = [self.token_ids[:, None], self.finite[:, None], self.rank[:, None]]
         words = [lax.bitcast_convert_type(x, jnp.int32) for x in floats]

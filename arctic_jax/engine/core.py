@@ -18,7 +18,6 @@ from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
 from arctic_jax.errors import InvalidRequestError
-from arctic_jax.loading import hub
 from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
@@ -229,6 +228,3 @@ def _prepare_jax(config: EngineConfig) -> None:
     # Only heeded if no GPU program has run yet in this process; JAX's default is 0.75.
     share = str(config.cache.gpu_memory_utilization)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -24,9 +24,22 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.stages import Compiled
 
+from arctic_jax.loading import hub
+
 logger = logging.getLogger(__name__)
 
 UNUSED_DAYS = 30
+
+
+def default_directory() -> Path | None:
+    """Return where programs are kept; `None` if the user lets JAX keep them.
+
+    What comes from JAX's cache cannot be kept a second time: on a CPU such a program loads, and
+    then misses its functions.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return None
+    return hub.cache_directory() / "programs"
 
 
 class ProgramStore:

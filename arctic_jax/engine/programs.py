@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
-from arctic_jax.batch import Bucket, packed_size, unpack
+from arctic_jax.batch import Bucket, StepOutput, packed_size, unpack
 from arctic_jax.engine import sampler
 from arctic_jax.engine.program_store import ProgramStore
 from arctic_jax.engine.sampler import SamplerState
@@ -39,11 +39,14 @@ _Key = tuple[MeshLayout, Bucket, int]
 class ProgramCache:
     """`(layout, bucket)` to a compiled step; nothing else is ever a key.
 
-    A step is `step(leaves, cache, state, drawn, packed) -> (cache, state, drawn, output)`, with
-    cache and state donated. `drawn [max_rows]` are the tokens of the step before, which its
-    successor takes before the host has seen them; `output` is a packed `StepOutput`. `leaves` is
-    the flat tuple of the model's parameters: rebuilding the module from it happens while the
-    program is traced, not at each call.
+    A step is `step(leaves, cache, state, output, packed) -> (cache, state, output)`, where all but
+    the first and the last argument are donated. `output [max_rows, ...]` is a packed `StepOutput`:
+    as an argument the one of the step before, whose tokens its successor takes before the host has
+    seen them. `leaves` is the flat tuple of the model's parameters: rebuilding the module from it
+    happens while the program is traced, not at each call.
+
+    Nothing but `packed` lies at another address from step to step. On a GPU a program is a CUDA
+    graph, and changed addresses cost as much of the host's time as all the rest of a launch.
 
     Args:
         model: the module, its parameters abstract.
@@ -81,6 +84,7 @@ class ProgramCache:
             (max_blocks_per_seq, max_num_seqs, max_rows, max_logprobs),
         )
         self._set_row = self._set_row_program()
+        self._copy = jax.jit(jnp.copy).lower(self._abstract_output()).compile()
 
     def compile_all(
         self,
@@ -121,11 +125,15 @@ class ProgramCache:
         leaves: Leaves,
         cache: KVCache,
         state: SamplerState,
-        drawn: Array,
+        output: Array,
         packed: np.ndarray,
-    ) -> tuple[KVCache, SamplerState, Array, Array]:
-        """Start a step; what it returns are futures, the last one a packed `StepOutput`."""
-        return self._programs[layout, bucket](leaves, cache, state, drawn, packed)
+    ) -> tuple[KVCache, SamplerState, Array]:
+        """Start a step; what it returns are futures."""
+        return self._programs[layout, bucket](leaves, cache, state, output, packed)
+
+    def copy(self, output: Array) -> Array:
+        """Copy a step's output for the host, since the next step writes over it."""
+        return self._copy(output)
 
     def set_row(
         self, state: SamplerState, row: int, seen: np.ndarray, bias: np.ndarray
@@ -140,33 +148,34 @@ class ProgramCache:
         replicated = PartitionSpec()
 
         def step(
-            leaves: Leaves, cache: KVCache, state: SamplerState, drawn: Array, packed: Array
-        ) -> tuple[KVCache, SamplerState, Array, Array]:
+            leaves: Leaves, cache: KVCache, state: SamplerState, before: Array, packed: Array
+        ) -> tuple[KVCache, SamplerState, Array]:
             model: LlamaForCausalLM = jax.tree.unflatten(self._treedef, leaves)
             batch = unpack(packed, bucket, self._max_blocks)
             known = batch.token_source < 0
-            token_ids = jnp.where(known, batch.token_ids, drawn[jnp.maximum(batch.token_source, 0)])
+            drawn = StepOutput.token_ids_of(before)[jnp.maximum(batch.token_source, 0)]
+            token_ids = jnp.where(known, batch.token_ids, drawn)
             batch = dataclasses.replace(batch, token_ids=token_ids)
             logits, cache = model(batch, cache, layout)
             if bucket.draws:
                 output, state = sampler.sample(logits, batch, state, self._max_logprobs)
             else:
                 output = sampler.most_likely(logits, self._max_logprobs)
-            # An update in place of `drawn` makes XLA's CPU compiler crash on several devices.
-            drawn = jnp.pad(output.token_ids, (0, self._max_rows - bucket.num_rows))
-            return cache, state, drawn, output.pack()
+            # An update in place of `before` makes XLA's CPU compiler crash on several devices.
+            rows = jnp.pad(output.pack(), ((0, self._max_rows - bucket.num_rows), (0, 0)))
+            return cache, state, rows
 
         sharded = jax.shard_map(
             step,
             mesh=self._mesh,
             in_specs=(partitions, cache_partition, replicated, replicated, replicated),
-            out_specs=(cache_partition, replicated, replicated, replicated),
+            out_specs=(cache_partition, replicated, replicated),
             check_vma=False,
         )
         # On GPUs a float32 product would otherwise be computed with 10 bits of mantissa.
         exact = "highest" if self._cache_spec.dtype == jnp.float32 else None
         with jax.default_matmul_precision(exact):
-            return jax.jit(sharded, donate_argnums=(1, 2)).lower(*self._arguments(key))
+            return jax.jit(sharded, donate_argnums=(1, 2, 3)).lower(*self._arguments(key))
 
     def _compile(self, key: _Key, lowered: jax.stages.Lowered) -> Compiled:
         program = lowered.compile()
@@ -175,10 +184,10 @@ class ProgramCache:
 
     def _load(self, key: _Key) -> Compiled | None:
         arguments = self._arguments(key)
-        return self._store.load(key, arguments, arguments[1:])
+        return self._store.load(key, arguments, arguments[1:-1])
 
     def _arguments(self, key: _Key) -> tuple[Any, ...]:
-        """Return a step's abstract arguments; its results are a tree like all but the first."""
+        """Return a step's abstract arguments; its results are like those that it donates."""
         layout, bucket, num_blocks = key
         partitions = self._leaf_partitions[layout]
         replicated = PartitionSpec()
@@ -189,9 +198,9 @@ class ProgramCache:
         shape = (num_blocks, *self._cache_shape)
         layer = self._abstract(shape, self._cache_spec.dtype, self._cache_spec.partition)
         layers = (layer,) * self._cache_spec.num_layers
-        drawn = self._abstract((self._max_rows,), jnp.dtype(jnp.int32), replicated)
         packed = self._abstract((packed_size(bucket, self._max_blocks),), jnp.int32, replicated)
-        return leaves, KVCache(layers, layers), self._abstract_state(), drawn, packed
+        cache, state = KVCache(layers, layers), self._abstract_state()
+        return leaves, cache, state, self._abstract_output(), packed
 
     @property
     def _cache_shape(self) -> tuple[int, int, int]:
@@ -202,6 +211,10 @@ class ProgramCache:
         self, shape: tuple[int, ...], dtype: jnp.dtype, partition: PartitionSpec
     ) -> Any:  # a ShapeDtypeStruct that stands in for an Array
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, partition))
+
+    def _abstract_output(self) -> Any:
+        shape = (self._max_rows, StepOutput.width(self._max_logprobs))
+        return self._abstract(shape, jnp.dtype(jnp.int32), PartitionSpec())
 
     def _abstract_state(self) -> SamplerState:
         shape, replicated = self._state_shape, PartitionSpec()

@@ -23,14 +23,15 @@ from arctic_jax.batch import (
     Bucket,
     HostOutput,
     ScheduledBatch,
+    StepOutput,
     bucket_ladder,
 )
 from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
+from arctic_jax.engine import program_store
 from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
 from arctic_jax.kv_cache import KVCacheSpec
-from arctic_jax.loading import hub
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted
@@ -114,7 +115,7 @@ class ModelRunner:
             self.max_num_seqs,
             max_rows,
             config.scheduler.max_logprobs,
-            hub.cache_directory() / "programs",
+            program_store.default_directory(),
         )
         self.num_blocks = config.cache.num_blocks or self._blocks_that_fit(config.cache)
         if self.num_blocks < self.max_blocks_per_seq:
@@ -130,7 +131,8 @@ class ModelRunner:
         self.state = jax.device_put(
             SamplerState.zeros(self.max_num_seqs, model_config.vocab_size), replicated
         )
-        self._drawn = jax.device_put(np.zeros(max_rows, np.int32), replicated)
+        shape = (max_rows, StepOutput.width(config.scheduler.max_logprobs))
+        self._output = jax.device_put(np.zeros(shape, np.int32), replicated)
         self.packer = StepPacker(
             self.max_num_seqs,
             self.max_blocks_per_seq,
@@ -147,9 +149,10 @@ class ModelRunner:
                 self.state = self.programs.set_row(self.state, part.request.slot, *row)
         bucket = Bucket.fit(scheduled, self.buckets)
         packed = self.packer.pack(scheduled, bucket)
-        self.cache, self.state, self._drawn, output = self.programs.run(
-            self.layout, bucket, self.leaves, self.cache, self.state, self._drawn, packed
+        self.cache, self.state, self._output = self.programs.run(
+            self.layout, bucket, self.leaves, self.cache, self.state, self._output, packed
         )
+        output = self.programs.copy(self._output)
         if jax.default_backend() == "cpu" and self.mesh.size > 1:
             # Forced CPU devices share threads: collectives of two steps would wait for each other.
             output.block_until_ready()
