@@ -135,8 +135,8 @@ def bucket_ladder(
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
-    Decode steps come in powers of two of sequences, with and without draws; mixed steps in powers
-    of two of tokens, and two shapes have rows of logits for many tokens (prompt log-probabilities).
+    Decode steps come in a ladder of sequences, with and without draws; mixed steps in a ladder of
+    tokens, and two shapes have rows of logits for many tokens (prompt log-probabilities).
 
     Args:
         max_num_seqs: sequences that run at once.
@@ -148,8 +148,8 @@ def bucket_ladder(
     def up(n: int) -> int:
         return -(-n // multiple) * multiple
 
-    decode = {up(n) for n in _powers(1, max_num_seqs)}
-    mixed = {up(n) for n in _powers(min(32, max_num_batched_tokens), max_num_batched_tokens)}
+    decode = {up(n) for n in _rungs(1, max_num_seqs)}
+    mixed = {up(n) for n in _rungs(min(32, max_num_batched_tokens), max_num_batched_tokens)}
     seqs = max(decode)
     ladder = {Bucket(n, n, n, 1, draws) for n in decode for draws in (False, True)}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
@@ -159,14 +159,17 @@ def bucket_ladder(
     return tuple(sorted(ladder))
 
 
-def _powers(lowest: int, highest: int) -> list[int]:
-    """Return `lowest`, then doubled while it is below `highest`, then `highest`."""
-    ladder = []
-    n = lowest
+def _rungs(lowest: int, highest: int) -> list[int]:
+    """Return a ladder from `lowest` to `highest`.
+
+    Few and coarse rungs while a step's time hardly depends on its tokens, as the weights must be
+    read anyhow; from 32 on there is a rung between two powers of two: at most a third is padding.
+    """
+    rungs, n = [], lowest
     while n < highest:
-        ladder.append(n)
+        rungs += [n, n * 3 // 2] if n >= 32 else [n]
         n *= 2
-    return [*ladder, highest]
+    return [*(rung for rung in rungs if rung < highest), highest]
 
 
 @functools.partial(
