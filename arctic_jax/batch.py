@@ -148,8 +148,12 @@ def bucket_ladder(
     def up(n: int) -> int:
         return -(-n // multiple) * multiple
 
-    decode = {up(n) for n in _rungs(1, max_num_seqs)}
-    mixed = {up(n) for n in _rungs(min(32, max_num_batched_tokens), max_num_batched_tokens)}
+    decode = {up(n) for n in _rungs(1, max_num_seqs, 64)}
+    mixed = {
+        up(n)
+        for n in (64, *_rungs(256, max_num_batched_tokens, 512))
+        if n <= max_num_batched_tokens
+    }
     seqs = max(decode)
     ladder = {Bucket(n, n, n, 1, draws) for n in decode for draws in (False, True)}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
@@ -159,15 +163,15 @@ def bucket_ladder(
     return tuple(sorted(ladder))
 
 
-def _rungs(lowest: int, highest: int) -> list[int]:
-    """Return a ladder from `lowest` to `highest`.
+def _rungs(lowest: int, highest: int, between: int) -> list[int]:
+    """Return the powers of two times `lowest` up to `highest`, and `highest`.
 
-    Few and coarse rungs while a step's time hardly depends on its tokens, as the weights must be
-    read anyhow; from 32 on there is a rung between two powers of two: at most a third is padding.
+    From `between` on there is a rung between two powers, so that at most a third is padding. Below,
+    a step's time hardly depends on its tokens: the weights must be read anyhow.
     """
     rungs, n = [], lowest
     while n < highest:
-        rungs += [n, n * 3 // 2] if n >= 32 else [n]
+        rungs += [n, n * 3 // 2] if n >= between else [n]
         n *= 2
     return [*(rung for rung in rungs if rung < highest), highest]
 
