@@ -33,7 +33,7 @@ class Params:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Rows of `vocab` logits, normal with deviation `spread`; in quarters if there shall be ties."""
+    """Rows of normal logits, with deviation `spread`; in quarters if there shall be ties."""
 
     name: str
     tags: frozenset[str]
@@ -164,16 +164,16 @@ def _adjusted(logits, seen, bias, repetition, frequency, presence) -> np.ndarray
     return x - frequency * count - presence * (count > 0) + bias
 
 
-def _kept(x: np.ndarray, temperature, min_p, top_k, top_p) -> np.ndarray:
-    """Return which tokens are drawn from; `x` are logits."""
-    p = np.exp((x - x.max()) / temperature)
-    kept = p >= min_p
+def _kept(distance: np.ndarray, min_p, top_k, top_p) -> np.ndarray:
+    """Return which tokens are drawn from, of distances below the likeliest."""
+    kept = np.exp(-distance) >= min_p
     if 0 < top_k < kept.sum():
-        kept &= p >= np.sort(p[kept])[-top_k]
+        kept &= distance <= np.sort(distance[kept])[top_k - 1]
     if top_p < 1:
-        down = np.sort(p[kept])[::-1]
-        last = np.searchsorted(np.cumsum(down), top_p * down.sum())
-        kept &= p >= down[min(last, len(down) - 1)]
+        near = np.sort(distance[kept])
+        mass = np.cumsum(np.exp(-near))
+        last = np.searchsorted(mass, top_p * mass[-1])
+        kept &= distance <= near[min(last, len(near) - 1)]
     return kept
 
 
@@ -202,10 +202,9 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, 
             continue
         finite[row] = 1
         if temperature > 0:
-            kept = _kept(x, temperature, min_p, top_k, top_p)
-            x = np.where(
-                kept, (x - x.max()) / temperature + _noise(seed, step, case.vocab), -np.inf
-            )
+            distance = (x.max() - x) / temperature
+            kept = _kept(distance, min_p, top_k, top_p)
+            x = np.where(kept, _noise(seed, step, case.vocab) - distance, -np.inf)
         tokens[row] = x.argmax()
     return tokens, finite
 

@@ -149,8 +149,9 @@ def _adjust(row: Row, seen_gmem, bias_gmem, state_row: Array, penalties: list[Ar
     """Apply penalties and biases; return how many entries are too large, or no numbers, then."""
 
     def step(tiles, damaged):
-        state = [(row.fetch(g, state_row, t) for g in (seen_gmem, bias_gmem)) for t in tiles]
-        for tile, (seen, bias) in zip(tiles, state, strict=True):
+        seen = [row.fetch(seen_gmem, state_row, tile) for tile in tiles]
+        bias = [row.fetch(bias_gmem, state_row, tile) for tile in tiles]
+        for tile, seen, bias in zip(tiles, seen, bias, strict=True):
             x = row.where_present(tile, adjust(row[tile], seen, bias, *penalties), -jnp.inf)
             row[tile] = x
             damaged += 1 - (x < jnp.inf).astype(jnp.int32)
