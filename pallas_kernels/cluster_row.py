@@ -8,6 +8,7 @@ other what they found through a board in global memory.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from itertools import batched
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 TILE = 512  # entries that a thread block works on at once: 4 a thread
 MAX_BLOCKS = 8  # of a cluster on any Hopper GPU
 SMEM_BYTES = 224 * 1024  # for the share of one thread block
+ALL = -1  # marks of all tiles
 WORDS = 8  # of one message; 32 bytes, so that two messages share no sector of the L1 cache
 
 
@@ -35,6 +37,7 @@ class Config:
     blocks: int
     tiles: int
     unroll: int
+    clusters: int = 1 << 30
 
     def __post_init__(self):
         if self.blocks not in (1, 2, 4, 8):
@@ -74,22 +77,32 @@ class Row:
     and what lies past the last entry, has the value that is given for absent entries.
 
     Args:
+        index: of the row.
         smem: `[tiles, TILE]` float32, the entries.
         board: `[R, turns, blocks, WORDS]` float32 in global memory, for messages.
-        barrier: of the cluster.
+        barrier: of the cluster, where the kernel is interpreted.
         vocab: entries of a row.
         width: entries of a row in global memory, at least `TILE`.
-        fences: whether the memory model needs them; the interpreter's has none.
+        interpreted: whether the kernel is.
     """
 
     def __init__(
-        self, smem, board, barrier, *, vocab: int, width: int, config: Config, fences: bool
+        self,
+        index: Array,
+        smem,
+        board,
+        barrier,
+        *,
+        vocab: int,
+        width: int,
+        config: Config,
+        interpreted: bool,
     ) -> None:
-        self.index, self.block = lax.axis_index("row"), lax.axis_index("block")
+        self.index, self.block = index, lax.axis_index("block")
         self._smem, self._board, self._barrier = smem, board, barrier
         self.vocab, self.blocks, self.unroll = vocab, config.blocks, config.unroll
         self._width = width
-        self._config, self._fences = config, fences
+        self._config, self._interpreted = config, interpreted
         # As many numbers at once as the rows in global memory are aligned to.
         self._layout = plgpu.Layout.WG_STRIDED((TILE,), vec_size=math.gcd(width, 4))
 
@@ -121,43 +134,108 @@ class Row:
             value if self._width == self.vocab else jnp.where(position < self.vocab, value, absent)
         )
 
-    def fold(self, step: Callable, initial, together: int = 1):
-        """Return `step(tiles, carry)` over all tiles, a list of `together` of them at a time."""
+    def fold(self, step: Callable, initial, marks: Array | None = None):
+        """Return `step(tiles, carry)` over all tiles, a list of `unroll` of them at a time.
 
-        def several(i, carry):
-            return step([i * together + j for j in range(together)], carry)
+        With `marks` (see `mark`) over the marked tiles only, one at a time, unless all are.
+        """
 
-        return lax.fori_loop(0, self._config.tiles // together, several, initial)
+        def dense():
+            several = lambda i: [i * self.unroll + j for j in range(self.unroll)]
+            count = self._config.tiles // self.unroll
+            return lax.fori_loop(0, count, lambda i, carry: step(several(i), carry), initial)
 
-    def load(self, gmem) -> Array:
-        """Bring the row in from `gmem [R, width]`; return how many entries are not finite."""
+        def sparse():
+            def visit(tile, carry):
+                marked = (lax.shift_right_logical(marks, tile & 31) & 1) > 0
+                return lax.cond(marked, lambda: step([tile], carry), lambda: carry)
 
-        def step(tiles, damaged):
+            return lax.fori_loop(0, self._config.tiles, visit, initial)
+
+        return dense() if marks is None else lax.cond(marks == ALL, dense, sparse)
+
+    def mark(self, bound: Array) -> Array:
+        """Return a bit for each tile that has an entry whose bits are at most `bound`, or `ALL`.
+
+        Tiles a multiple of 32 apart share a bit. `ALL` if they are many: passing over all of them
+        at full speed then takes less time.
+        """
+
+        def step(tiles, carry):
+            marks, marked = carry
+            for some in batched(tiles, 3):  # three counts of up to TILE fit one word
+                within = [
+                    (lax.bitcast_convert_type(self[tile], jnp.int32) <= bound).astype(jnp.int32)
+                    for tile in some
+                ]
+                counts = sum(w << (10 * i) for i, w in enumerate(within)).sum()
+                for i, tile in enumerate(some):
+                    found = ((counts >> (10 * i)) & 1023) > 0
+                    marks = jnp.where(found, marks | (1 << (tile & 31)), marks)
+                    marked = jnp.where(found, marked + 1, marked)
+            return marks, marked
+
+        marks, marked = self.fold(step, (jnp.int32(0), jnp.int32(0)))
+        return jnp.where(2 * marked > self._config.tiles, ALL, marks)
+
+    def load(self, gmem, keep: Array | bool = True) -> tuple[Array, Array, Array]:
+        """Read the row from `gmem [R, width]`, and hold it if `keep`.
+
+        Returns:
+            How many entries of this block's share are not finite, the largest, and its position.
+        """
+
+        def step(tiles, carry):
+            damaged, best = carry
             fetched = [self.fetch(gmem, self.index, tile) for tile in tiles]  # all on their way
             for tile, x in zip(tiles, fetched, strict=True):
-                self[tile] = self.where_present(tile, x, -jnp.inf)
-                x = self.where_present(tile, x, 0.0)
-                damaged += 1 - (jnp.abs(x) < jnp.inf).astype(jnp.int32)
-            return damaged
+                finite = self.where_present(tile, jnp.abs(x), 0.0) < jnp.inf
+                damaged += 1 - finite.astype(jnp.int32)
+            fetched = [
+                self.where_present(tile, x, -jnp.inf)
+                for tile, x in zip(tiles, fetched, strict=True)
+            ]
+            best = self.argmax_step(tiles, fetched, best)
 
-        return self.fold(step, self.full(0), self.unroll).sum()
+            @pl.when(keep)
+            def _():
+                for tile, x in zip(tiles, fetched, strict=True):
+                    self[tile] = x
+
+            return damaged, best
+
+        damaged, best = self.fold(step, (self.full(0), self.argmax_start()))
+        return damaged.sum(), *self.argmax_end(best)
 
     def argmax(self) -> tuple[Array, Array]:
         """Return the largest entry of this block's share, and the first position that has it."""
 
-        def step(tiles, carry):
-            best, tile_of_best = carry
-            x = self[tiles[0]]
-            better = x > best
-            return (
-                jnp.where(better, x, best),
-                jnp.where(better, self.full(tiles[0]), tile_of_best),
-            )
+        def step(tiles, best):
+            return self.argmax_step(tiles, [self[tile] for tile in tiles], best)
 
-        best, tile_of_best = self.fold(step, (self.full(-jnp.inf), self.full(0)))
-        lane = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=self._layout)
+        return self.argmax_end(self.fold(step, self.argmax_start()))
+
+    def argmax_start(self) -> tuple[Array, Array]:
+        """Return what `argmax_step` carries: the best of each lane, and its tile."""
+        return self.full(-jnp.inf), self.full(0)
+
+    def argmax_step(
+        self, tiles: list[Array], values: list[Array], carry: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
+        """Look at the values of some tiles, in order."""
+        best, tile_of_best = carry
+        for tile, x in zip(tiles, values, strict=True):
+            better = x > best
+            best = jnp.where(better, x, best)
+            tile_of_best = jnp.where(better, self.full(tile), tile_of_best)
+        return best, tile_of_best
+
+    def argmax_end(self, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Return the largest value, and the first position that has it."""
+        best, tile_of_best = carry
         value = best.max()
-        start = jnp.minimum(self._nominal(0) + tile_of_best * TILE, self._width - TILE)
+        lane = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=self._layout)
+        start = jnp.minimum(self._nominal(tile_of_best), self._width - TILE)
         return value, jnp.where(best == value, start + lane, self.vocab - 1).min()
 
     def remove(self, position: Array) -> None:
@@ -177,11 +255,24 @@ class Row:
 
     def sync(self) -> None:
         """Wait for the other blocks; then what they have posted can be read."""
-        if self._config.blocks > 1:
-            self._fence()
+        if self._config.blocks == 1:
+            return
+        if self._interpreted:
             plgpu.barrier_arrive(self._barrier)
             plgpu.barrier_wait(self._barrier)
-            self._fence()
+            return
+
+        # A `ClusterBarrier` orders shared memory only, and the board is in global memory.
+        @plgpu.inline_mgpu()
+        def cluster_barrier(_):
+            inline_ptx(
+                "barrier.cluster.arrive.release.aligned;", has_side_effects=True, convergent=True
+            )
+            inline_ptx(
+                "barrier.cluster.wait.acquire.aligned;", has_side_effects=True, convergent=True
+            )
+
+        cluster_barrier()
 
     def read(self, turns: Sequence[Array | int], word: int) -> list[Array]:
         """Return a word of a message of each block, `turns[block]`."""
@@ -195,26 +286,11 @@ class Row:
         self.sync()
         return [self.read([turn] * self._config.blocks, word) for word in range(len(values))]
 
-    def best(self, turn: Array | int, value: Array, position: Array) -> tuple[Array, Array]:
-        """Return the largest `value` of the cluster and its position; the first of equals."""
-        best, first = largest(*self.exchange(turn, value, position.astype(jnp.float32)))
-        return best, first.astype(jnp.int32)
-
     def _nominal(self, tile: Array | int) -> Array:
         return (self.block * self._config.tiles + tile) * TILE
 
     def _start(self, tile: Array | int) -> Array:
         return jnp.minimum(self._nominal(tile), self._width - TILE)
-
-    def _fence(self) -> None:
-        """Make what any block of the cluster wrote before a barrier visible after it."""
-        if self._fences:
-
-            @plgpu.inline_mgpu()
-            def fence(_):
-                inline_ptx("fence.acq_rel.cluster;", has_side_effects=True)
-
-            fence()
 
 
 def largest(values: Sequence[Array], others: Sequence[Array]) -> tuple[Array, Array]:
@@ -252,18 +328,30 @@ def run(
     R, width = operands[0].shape
     board = jax.ShapeDtypeStruct((R, turns, config.blocks, WORDS), jnp.float32)
 
+    clusters = min(R, config.clusters)
+
     def kernel(*refs, smem, barrier):
         *refs, board = refs
-        row = Row(
-            smem,
-            board,
-            barrier,
-            vocab=vocab,
-            width=width,
-            config=config,
-            fences=interpret is None,
-        )
-        body(row, *refs)
+
+        def work(index):
+            row = Row(
+                index,
+                smem,
+                board,
+                barrier,
+                vocab=vocab,
+                width=width,
+                config=config,
+                interpreted=interpret is not None,
+            )
+            body(row, *refs)
+
+        first = lax.axis_index("row")
+        if clusters == R:
+            work(first)
+        else:
+            count = lax.div(R - 1 - first, clusters) + 1
+            lax.fori_loop(0, count, lambda i, _: work(first + i * clusters), None)
 
     outputs = plgpu.kernel(
         kernel,
@@ -272,12 +360,15 @@ def run(
             "smem": plgpu.SMEM((config.tiles, TILE), jnp.float32),
             "barrier": plgpu.ClusterBarrier(collective_axes=("block",)),
         },
-        grid=(R,),
+        grid=(clusters,),
         grid_names=("row",),
         cluster=(config.blocks,),
         cluster_names=("block",),
-        # Lane semantics: layouts stay as declared.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        # Lane semantics: layouts stay as declared. No barriers around stores: a CUDA thread reads
+        # what it wrote itself, or what was posted before a `sync`.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
         interpret=interpret,
         kernel_name=name,
     )(*operands)

@@ -67,8 +67,8 @@ def _body(
     @pl.when(wanted_gmem[0] > 0)
     def _():
         chosen = logits_gmem[row.index, target_gmem[row.index]]
-        row.load(logits_gmem)
-        largest, _ = row.best(0, *row.argmax())
+        _, largest, _ = row.load(logits_gmem)
+        largest = functools.reduce(jnp.maximum, row.exchange(0, largest)[0])
         larger, total = _sums(row, chosen, largest)
 
         def pick(i, _):
@@ -102,8 +102,10 @@ def _sums(row: Row, chosen: Array, largest: Array) -> list[Array]:
 
     def step(tiles, sums):
         larger, total = sums
-        x = row[tiles[0]]
-        return larger + (x > chosen).astype(jnp.int32), total + jnp.exp(x - largest)
+        for x in [row[tile] for tile in tiles]:
+            larger += (x > chosen).astype(jnp.int32)
+            total += jnp.exp(x - largest)
+        return larger, total
 
     larger, total = row.fold(step, (row.full(0), row.full(0.0)))
     return [sum(all) for all in row.exchange(1, larger.sum().astype(jnp.float32), total.sum())]

@@ -218,8 +218,9 @@ def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray,
 
 
 def following(arguments: tuple, output: tuple) -> tuple:
-    """Return `arguments` with the tokens as step numbers, so that calls run one after another."""
-    return (*arguments[:-1], output[0])
+    """Return `arguments`, which now wait for the tokens, so that calls run one after another."""
+    logits, step = jax.lax.optimization_barrier((arguments[0], output[0]))
+    return (logits, *arguments[1:-1], step)
 
 
 def cost(case: Case) -> tuple[float, float]:

@@ -8,6 +8,7 @@ have a chance. All decisions are the device's, so that nothing makes the host wa
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,8 +24,10 @@ from arctic_jax.pallas_kernels.sampling.reference import INFINITY, adjust, farth
 
 __all__ = ["Config", "sampling", "unsupported"]
 
-# Floats of at most 1 - 2^-23 make Gumbel noise of at most 15.95.
-MOST_NOISE = 16.0
+# The first bounds a search tries: most sets end between these distances.
+FIRST = (1.0, 4.0, 12.0)
+# Noise is between -4.48 and 15.95: what is farther than their difference never wins.
+HOPELESS = int(np.float32(20.5).view(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Config:
     @property
     def passes(self) -> int:
         """Most passes of one search."""
-        passes, left = 0, INFINITY + 1
+        passes, left = 1, INFINITY + 1
         while left > 1:
             passes, left = passes + 1, -(-left // (self.candidates + 1))
         return passes
@@ -111,32 +114,33 @@ def _body(
     floats = [lax.bitcast_convert_type(word, jnp.float32) for word in words[6:]]
     *penalties, temperature, top_p = floats
 
-    damaged = row.load(logits_gmem)
-    damaged += lax.cond(
+    found = row.load(logits_gmem, keep=(temperature > 0) | (state_row >= 0))
+    damaged, largest, first = lax.cond(
         state_row >= 0,
-        lambda: _adjust(row, seen_gmem, bias_gmem, state_row, penalties),
-        lambda: jnp.int32(0),
+        lambda: _adjust(row, seen_gmem, bias_gmem, state_row, penalties, found[0]),
+        lambda: found,
     )
-    largest, first = row.argmax()
-    [damaged] = row.exchange(0, damaged.astype(jnp.float32))
-    largest, likeliest = row.best(1, largest, first)
+    damaged, *best = row.exchange(0, *(x.astype(jnp.float32) for x in (damaged, largest, first)))
+    largest, likeliest = cluster_row.largest(*best)
 
     def drawn():
         _to_distances(row, largest, temperature)
         kept, turn = lax.cond(
             (top_k > 0) & (top_k < vocab),
-            lambda: _search(row, 2, bound, top_k.astype(jnp.float32), None, config),
-            lambda: (bound, jnp.int32(2)),
+            lambda: _search(row, 1, bound, top_k.astype(jnp.float32), None, None, config),
+            lambda: (bound, jnp.int32(1)),
         )
 
         def by_top_p():
-            _, mass = _within(row, turn, [kept], _weight)
-            return _search(row, turn + 1, kept, top_p * mass, _weight, config)
+            marks = lax.cond(kept < INFINITY, lambda: row.mark(kept), lambda: cluster_row.ALL)
+            _, mass = _within(row, turn, [kept], _weight, marks)
+            return _search(row, turn + 1, kept, top_p * mass, _weight, marks, config)
 
         kept, turn = lax.cond(top_p < 1, by_top_p, lambda: (kept, turn))
-        return row.best(turn, *_perturbed_argmax(row, kept, seed, step))[1]
+        best = _perturbed_argmax(row, jnp.minimum(kept, HOPELESS), seed, step)
+        return cluster_row.largest(*row.exchange(turn, *(x.astype(jnp.float32) for x in best)))[1]
 
-    token = lax.cond(temperature > 0, drawn, lambda: likeliest)
+    token = lax.cond(temperature > 0, drawn, lambda: likeliest).astype(jnp.int32)
 
     @pl.when(row.block == 0)
     def _():
@@ -145,55 +149,76 @@ def _body(
         finite_gmem[row.index] = jnp.where(usable, 1, 0)
 
 
-def _adjust(row: Row, seen_gmem, bias_gmem, state_row: Array, penalties: list[Array]) -> Array:
-    """Apply penalties and biases; return how many entries are too large, or no numbers, then."""
+def _adjust(
+    row: Row, seen_gmem, bias_gmem, state_row: Array, penalties: list[Array], damaged: Array
+) -> tuple[Array, Array, Array]:
+    """Apply penalties and biases.
 
-    def step(tiles, damaged):
+    Returns:
+        `damaged` and how many entries are too large or no numbers now, the largest entry of this
+        block's share, and its position.
+    """
+
+    def step(tiles, carry):
+        overflown, best = carry
         seen = [row.fetch(seen_gmem, state_row, tile) for tile in tiles]
         bias = [row.fetch(bias_gmem, state_row, tile) for tile in tiles]
-        for tile, seen, bias in zip(tiles, seen, bias, strict=True):
-            x = row.where_present(tile, adjust(row[tile], seen, bias, *penalties), -jnp.inf)
+        adjusted = []
+        for tile, *state in zip(tiles, seen, bias, strict=True):
+            x = row.where_present(tile, adjust(row[tile], *state, *penalties), -jnp.inf)
             row[tile] = x
-            damaged += 1 - (x < jnp.inf).astype(jnp.int32)
-        return damaged
+            adjusted.append(x)
+            overflown += 1 - (x < jnp.inf).astype(jnp.int32)
+        return overflown, row.argmax_step(tiles, adjusted, best)
 
-    return row.fold(step, row.full(0), row.unroll).sum()
+    overflown, best = row.fold(step, (row.full(0), row.argmax_start()))
+    return damaged + overflown.sum(), *row.argmax_end(best)
 
 
 def _to_distances(row: Row, largest: Array, temperature: Array) -> None:
     """Replace logits by their distances below the largest, in units of the temperature."""
 
     def step(tiles, _):
-        row[tiles[0]] = (largest - row[tiles[0]]) / temperature
+        logits = [row[tile] for tile in tiles]
+        for tile, x in zip(tiles, logits, strict=True):
+            row[tile] = (largest - x) / temperature
 
     row.fold(step, None)
 
 
 def _weight(distance: Array) -> Array:
-    return jnp.exp(-distance)
+    return jnp.exp2(distance * -math.log2(math.e))
 
 
-def _within(row: Row, turn, bounds: list[Array], weight: Callable | None) -> list[Array]:
+def _within(
+    row: Row, turn, bounds: list[Array], weight: Callable | None, marks: Array | None
+) -> list[Array]:
     """How many entries of the whole row are within each bound; then what they weigh, if asked."""
 
     def step(tiles, sums):
-        distance = row[tiles[0]]
-        bits = lax.bitcast_convert_type(distance, jnp.int32)
-        counts = [(bits <= bound).astype(jnp.int32) for bound in bounds]
-        masses = []
-        if weight is not None:
-            weights = weight(distance)
-            masses = [jnp.where(bits <= bound, weights, 0.0) for bound in bounds]
-        return [total + new for total, new in zip(sums, counts + masses, strict=True)]
+        for distance in [row[tile] for tile in tiles]:
+            within = [lax.bitcast_convert_type(distance, jnp.int32) <= bound for bound in bounds]
+            terms = [inside.astype(jnp.int32) for inside in within]
+            if weight is not None:
+                weights = weight(distance)
+                terms += [jnp.where(inside, weights, 0.0) for inside in within]
+            sums = [total + term for total, term in zip(sums, terms, strict=True)]
+        return sums
 
     sums = [row.full(0) for _ in bounds]
     sums += [row.full(0.0) for _ in bounds if weight is not None]
-    totals = [total.sum().astype(jnp.float32) for total in row.fold(step, sums)]
+    totals = [total.sum().astype(jnp.float32) for total in row.fold(step, sums, marks)]
     return [sum(blocks) for blocks in row.exchange(turn, *totals)]
 
 
 def _search(
-    row: Row, turn, bound: Array, needed: Array, weight: Callable | None, config: Config
+    row: Row,
+    turn,
+    bound: Array,
+    needed: Array,
+    weight: Callable | None,
+    marks: Array | None,
+    config: Config,
 ) -> tuple[Array, Array]:
     """Find the smallest bound, at most `bound`, within which the entries weigh `needed`.
 
@@ -203,18 +228,12 @@ def _search(
     Returns:
         The bound, or a larger one that keeps the same entries; and the next turn.
     """
-    n = config.candidates
 
-    def undecided(carry):
-        low, high, fewer, more, _ = carry
-        return (high - low > 1) & (more - fewer > 1)
-
-    def narrow(carry):
+    def narrow(carry, tried):
         low, high, fewer, more, turn = carry
-        stride = lax.div(high - low + n, n + 1)
-        tried = [jnp.minimum(low + stride * (i + 1), high) for i in range(n)]
-        totals = _within(row, turn, tried, weight)
-        found = list(zip(tried, totals[:n], totals[-n:], strict=True))
+        tried = [jnp.minimum(candidate, high) for candidate in tried]
+        totals = _within(row, turn, tried, weight, marks)
+        found = list(zip(tried, totals[: len(tried)], totals[-len(tried) :], strict=True))
         for candidate, count, mass in found:
             low = jnp.where(mass < needed, candidate, low)
             fewer = jnp.where(mass < needed, count, fewer)
@@ -223,8 +242,18 @@ def _search(
             more = jnp.where(mass < needed, more, count)
         return low, high, fewer, more, turn + 1
 
+    def undecided(carry):
+        low, high, fewer, more, _ = carry
+        return (high - low > 1) & (more - fewer > 1)
+
+    def divide(carry):
+        low, high, *_ = carry
+        stride = lax.div(high - low + config.candidates, config.candidates + 1)
+        return narrow(carry, [low + stride * (i + 1) for i in range(config.candidates)])
+
     carry = (jnp.int32(-1), bound, jnp.float32(0), jnp.float32(row.vocab), jnp.int32(turn))
-    _, high, _, _, turn = lax.while_loop(undecided, narrow, carry)
+    carry = narrow(carry, [jnp.int32(np.float32(x).view(np.int32)) for x in FIRST])
+    _, high, _, _, turn = lax.while_loop(undecided, divide, carry)
     return high, turn
 
 
@@ -232,26 +261,15 @@ def _perturbed_argmax(row: Row, bound: Array, seed: list[Array], step: Array):
     """Return the largest sum of noise and logit of this block's share, and its position."""
     key = _threefry2x32(*seed, jnp.int32(0), step)
 
-    def visit(tile, best, position):
-        distance = row[tile]
-        bits = lax.bitcast_convert_type(distance, jnp.int32)
-        places = row.positions(tile)
-        sums = jnp.where(bits <= bound, _gumbel(key, places) - distance, -jnp.inf)
-        value = sums.max()
-        place = jnp.where(sums == value, places, row.vocab - 1).min()
-        return jnp.where(value > best, value, best), jnp.where(value > best, place, position)
+    def step(tiles, best):
+        sums = []
+        for tile, distance in [(tile, row[tile]) for tile in tiles]:
+            within = lax.bitcast_convert_type(distance, jnp.int32) <= bound
+            noise = _gumbel(key, row.positions(tile))
+            sums.append(jnp.where(within, noise - distance, -jnp.inf))
+        return row.argmax_step(tiles, sums, best)
 
-    def consider(tiles, carry):
-        best, position = carry
-        nearest = row[tiles[0]].min()
-        kept = lax.bitcast_convert_type(nearest, jnp.int32) <= bound
-        return lax.cond(
-            kept & (MOST_NOISE - nearest > best),
-            lambda: visit(tiles[0], best, position),
-            lambda: (best, position),
-        )
-
-    return row.fold(consider, (jnp.float32(-jnp.inf), jnp.int32(0)))
+    return row.argmax_end(row.fold(step, row.argmax_start(), row.mark(bound)))
 
 
 def _gumbel(key: tuple[Array, Array], position: Array) -> Array:
