@@ -6,6 +6,7 @@ other what they found through a board in global memory.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import batched
@@ -168,7 +169,9 @@ class Row:
                     (lax.bitcast_convert_type(self[tile], jnp.int32) <= bound).astype(jnp.int32)
                     for tile in some
                 ]
-                counts = sum(w << (10 * i) for i, w in enumerate(within)).sum()
+                counts = functools.reduce(
+                    jnp.add, [w << (10 * i) for i, w in enumerate(within)]
+                ).sum()
                 for i, tile in enumerate(some):
                     found = ((counts >> (10 * i)) & 1023) > 0
                     marks = jnp.where(found, marks | (1 << (tile & 31)), marks)
@@ -291,6 +294,11 @@ class Row:
 
     def _start(self, tile: Array | int) -> Array:
         return jnp.minimum(self._nominal(tile), self._width - TILE)
+
+
+def total(values: Sequence[Array]) -> Array:
+    """Return the sum of what the blocks have posted, the same in each of them."""
+    return functools.reduce(jnp.add, values)
 
 
 def largest(values: Sequence[Array], others: Sequence[Array]) -> tuple[Array, Array]:

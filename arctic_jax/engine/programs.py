@@ -127,10 +127,7 @@ class ProgramCache:
             token_ids = jnp.where(known, batch.token_ids, drawn[jnp.maximum(batch.token_source, 0)])
             batch = dataclasses.replace(batch, token_ids=token_ids)
             logits, cache = model(batch, cache, layout)
-            if bucket.draws:
-                output, state = sampler.sample(logits, batch, state, self._max_logprobs)
-            else:
-                output = sampler.most_likely(logits, self._max_logprobs)
+            output, state = sampler.sample(logits, batch, state, self._max_logprobs)
             # An update in place of `drawn` makes XLA's CPU compiler crash on several devices.
             drawn = jnp.pad(output.token_ids, (0, self._max_rows - bucket.num_rows))
             return cache, state, drawn, output.pack()

@@ -5,6 +5,7 @@ The same names as in `paged_attention/cases.py`, read by the same test and the s
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,7 +92,7 @@ def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray,
 
 def following(arguments: tuple, output: tuple) -> tuple:
     """Return `arguments`, which now wait for the output, so that calls run one after another."""
-    (logits, _) = jax.lax.optimization_barrier((arguments[0], output))
+    logits, _ = jax.lax.optimization_barrier((arguments[0], output))
     return (logits, *arguments[1:])
 
 

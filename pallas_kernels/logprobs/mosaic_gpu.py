@@ -65,22 +65,24 @@ def _body(
     picks: int,
 ):
     @pl.when(wanted_gmem[0] > 0)
-    def _():
+    def report():
         chosen = logits_gmem[row.index, target_gmem[row.index]]
         _, largest, _ = row.load(logits_gmem)
         largest = functools.reduce(jnp.maximum, row.exchange(0, largest)[0])
         larger, total = _sums(row, chosen, largest)
 
-        def pick(i, _):
+        def pick(i, carry):
             value, position = row.argmax()
             row.post(2 + i, value, position.astype(jnp.float32))
             row.remove(position)
+            return carry
 
-        lax.fori_loop(0, picks, pick, None)
-        row.sync()
+        lax.fori_loop(0, picks, pick, ())
+        if picks:
+            row.sync()
 
         @pl.when(row.block == 0)
-        def _():
+        def write():
             log_total = largest + jnp.log(total)
             logprob_gmem[row.index] = chosen - log_total
             rank_gmem[row.index] = larger.astype(jnp.int32) + 1
@@ -108,4 +110,5 @@ def _sums(row: Row, chosen: Array, largest: Array) -> list[Array]:
         return larger, total
 
     larger, total = row.fold(step, (row.full(0), row.full(0.0)))
-    return [sum(all) for all in row.exchange(1, larger.sum().astype(jnp.float32), total.sum())]
+    posted = row.exchange(1, larger.sum().astype(jnp.float32), total.sum())
+    return [cluster_row.total(values) for values in posted]

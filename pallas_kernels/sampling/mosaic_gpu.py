@@ -145,7 +145,7 @@ def _body(
     @pl.when(row.block == 0)
     def _():
         tokens_gmem[row.index] = token
-        usable = (sum(damaged) == 0) & (largest > -jnp.inf)
+        usable = (cluster_row.total(damaged) == 0) & (largest > -jnp.inf)
         finite_gmem[row.index] = jnp.where(usable, 1, 0)
 
 
@@ -208,7 +208,7 @@ def _within(
     sums = [row.full(0) for _ in bounds]
     sums += [row.full(0.0) for _ in bounds if weight is not None]
     totals = [total.sum().astype(jnp.float32) for total in row.fold(step, sums, marks)]
-    return [sum(blocks) for blocks in row.exchange(turn, *totals)]
+    return [cluster_row.total(posted) for posted in row.exchange(turn, *totals)]
 
 
 def _search(
@@ -261,7 +261,7 @@ def _perturbed_argmax(row: Row, bound: Array, seed: list[Array], step: Array):
     """Return the largest sum of noise and logit of this block's share, and its position."""
     key = _threefry2x32(*seed, jnp.int32(0), step)
 
-    def step(tiles, best):
+    def perturb(tiles, best):
         sums = []
         for tile, distance in [(tile, row[tile]) for tile in tiles]:
             within = lax.bitcast_convert_type(distance, jnp.int32) <= bound
@@ -269,7 +269,7 @@ def _perturbed_argmax(row: Row, bound: Array, seed: list[Array], step: Array):
             sums.append(jnp.where(within, noise - distance, -jnp.inf))
         return row.argmax_step(tiles, sums, best)
 
-    return row.argmax_end(row.fold(step, row.argmax_start(), row.mark(bound)))
+    return row.argmax_end(row.fold(perturb, row.argmax_start(), row.mark(bound)))
 
 
 def _gumbel(key: tuple[Array, Array], position: Array) -> Array:

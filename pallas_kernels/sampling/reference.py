@@ -53,8 +53,8 @@ def sampling(
         lambda: greedy,
     )
     # Penalties may overflow, and biases may forbid every token.
-    usable = jnp.isfinite(adjusted.max(axis=-1))
-    return tokens, jnp.isfinite(logits).all(axis=-1) & usable
+    highest = jnp.take_along_axis(adjusted, greedy[:, None], axis=-1)[:, 0]
+    return tokens, jnp.isfinite(logits).all(axis=-1) & jnp.isfinite(highest)
 
 
 def adjust(
