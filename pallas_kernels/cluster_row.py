@@ -38,7 +38,6 @@ class Config:
     blocks: int
     tiles: int
     unroll: int
-    clusters: int = 1 << 30
 
     def __post_init__(self):
         if self.blocks not in (1, 2, 4, 8):
@@ -52,7 +51,7 @@ def choose_config(V: int) -> Config:
     tiles = -(-V // TILE)
     blocks = next(b for b in (8, 4, 2, 1) if b <= tiles)
     share = -(-tiles // blocks)
-    unroll = min(share, 8)
+    unroll = min(share, 4)
     return Config(blocks, -(-share // unroll) * unroll, unroll)
 
 
@@ -78,7 +77,6 @@ class Row:
     and what lies past the last entry, has the value that is given for absent entries.
 
     Args:
-        index: of the row.
         smem: `[tiles, TILE]` float32, the entries.
         board: `[R, turns, blocks, WORDS]` float32 in global memory, for messages.
         barrier: of the cluster, where the kernel is interpreted.
@@ -89,7 +87,6 @@ class Row:
 
     def __init__(
         self,
-        index: Array,
         smem,
         board,
         barrier,
@@ -99,7 +96,7 @@ class Row:
         config: Config,
         interpreted: bool,
     ) -> None:
-        self.index, self.block = index, lax.axis_index("block")
+        self.index, self.block = lax.axis_index("row"), lax.axis_index("block")
         self._smem, self._board, self._barrier = smem, board, barrier
         self.vocab, self.blocks, self.unroll = vocab, config.blocks, config.unroll
         self._width = width
@@ -135,16 +132,20 @@ class Row:
             value if self._width == self.vocab else jnp.where(position < self.vocab, value, absent)
         )
 
-    def fold(self, step: Callable, initial, marks: Array | None = None):
-        """Return `step(tiles, carry)` over all tiles, a list of `unroll` of them at a time.
+    def fold(
+        self, step: Callable, initial, marks: Array | None = None, together: int | None = None
+    ):
+        """Return `step(tiles, carry)` over all tiles, a list of `together` of them at a time.
 
         With `marks` (see `mark`) over the marked tiles only, one at a time, unless all are.
         """
+        n = together or self.unroll
 
         def dense():
-            several = lambda i: [i * self.unroll + j for j in range(self.unroll)]
-            count = self._config.tiles // self.unroll
-            return lax.fori_loop(0, count, lambda i, carry: step(several(i), carry), initial)
+            def visit(i, carry):
+                return step([i * n + j for j in range(n)], carry)
+
+            return lax.fori_loop(0, self._config.tiles // n, visit, initial)
 
         def sparse():
             def visit(tile, carry):
@@ -336,30 +337,18 @@ def run(
     R, width = operands[0].shape
     board = jax.ShapeDtypeStruct((R, turns, config.blocks, WORDS), jnp.float32)
 
-    clusters = min(R, config.clusters)
-
     def kernel(*refs, smem, barrier):
         *refs, board = refs
-
-        def work(index):
-            row = Row(
-                index,
-                smem,
-                board,
-                barrier,
-                vocab=vocab,
-                width=width,
-                config=config,
-                interpreted=interpret is not None,
-            )
-            body(row, *refs)
-
-        first = lax.axis_index("row")
-        if clusters == R:
-            work(first)
-        else:
-            count = lax.div(R - 1 - first, clusters) + 1
-            lax.fori_loop(0, count, lambda i, _: work(first + i * clusters), None)
+        row = Row(
+            smem,
+            board,
+            barrier,
+            vocab=vocab,
+            width=width,
+            config=config,
+            interpreted=interpret is not None,
+        )
+        body(row, *refs)
 
     outputs = plgpu.kernel(
         kernel,
@@ -368,7 +357,7 @@ def run(
             "smem": plgpu.SMEM((config.tiles, TILE), jnp.float32),
             "barrier": plgpu.ClusterBarrier(collective_axes=("block",)),
         },
-        grid=(clusters,),
+        grid=(R,),
         grid_names=("row",),
         cluster=(config.blocks,),
         cluster_names=("block",),

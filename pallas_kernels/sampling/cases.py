@@ -218,9 +218,12 @@ def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray,
 
 
 def following(arguments: tuple, output: tuple) -> tuple:
-    """Return `arguments`, which now wait for the tokens, so that calls run one after another."""
-    logits, step = jax.lax.optimization_barrier((arguments[0], output[0]))
-    return (logits, *arguments[1:-1], step)
+    """Return `arguments` with a logit that depends on the tokens, so that calls wait in turn.
+
+    Writing it costs every implementation about 2 µs.
+    """
+    logits = arguments[0].at[0, 0].set(-1e-3 * output[0][0].astype(jnp.float32))
+    return (logits, *arguments[1:-1], output[0])
 
 
 def cost(case: Case) -> tuple[float, float]:

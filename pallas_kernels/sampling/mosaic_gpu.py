@@ -19,11 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from arctic_jax.pallas_kernels import cluster_row
-from arctic_jax.pallas_kernels.cluster_row import Row, unsupported
+from arctic_jax.pallas_kernels.cluster_row import ALL, Row, unsupported
 from arctic_jax.pallas_kernels.sampling.reference import INFINITY, adjust, farthest
 
 __all__ = ["Config", "sampling", "unsupported"]
 
+NOISE = 1
 # The first bounds a search tries: most sets end between these distances.
 FIRST = (1.0, 4.0, 12.0)
 # Noise is between -4.48 and 15.95: what is farther than their difference never wins.
@@ -57,7 +58,7 @@ class Config:
 
 def choose_config(V: int) -> Config:
     """Return the sizes for rows of `V` logits."""
-    return Config(cluster_row.choose_config(V), candidates=3)
+    return Config(cluster_row.choose_config(V), candidates=2)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
@@ -131,13 +132,16 @@ def _body(
             lambda: (bound, jnp.int32(1)),
         )
 
+        marks = lax.cond(kept < INFINITY, lambda: row.mark(kept), lambda: jnp.int32(ALL))
+
         def by_top_p():
-            marks = lax.cond(kept < INFINITY, lambda: row.mark(kept), lambda: cluster_row.ALL)
             _, mass = _within(row, turn, [kept], _weight, marks)
             return _search(row, turn + 1, kept, top_p * mass, _weight, marks, config)
 
         kept, turn = lax.cond(top_p < 1, by_top_p, lambda: (kept, turn))
-        best = _perturbed_argmax(row, jnp.minimum(kept, HOPELESS), seed, step)
+        kept = jnp.minimum(kept, HOPELESS)
+        marks = lax.cond(marks == ALL, lambda: row.mark(kept), lambda: marks)
+        best = _perturbed_argmax(row, kept, seed, step, marks)
         return cluster_row.largest(*row.exchange(turn, *(x.astype(jnp.float32) for x in best)))[1]
 
     token = lax.cond(temperature > 0, drawn, lambda: likeliest).astype(jnp.int32)
@@ -257,7 +261,9 @@ def _search(
     return high, turn
 
 
-def _perturbed_argmax(row: Row, bound: Array, seed: list[Array], step: Array):
+def _perturbed_argmax(
+    row: Row, bound: Array, seed: list[Array], step: Array, marks: Array
+) -> tuple[Array, Array]:
     """Return the largest sum of noise and logit of this block's share, and its position."""
     key = _threefry2x32(*seed, jnp.int32(0), step)
 
@@ -269,7 +275,9 @@ def _perturbed_argmax(row: Row, bound: Array, seed: list[Array], step: Array):
             sums.append(jnp.where(within, noise - distance, -jnp.inf))
         return row.argmax_step(tiles, sums, best)
 
-    return row.argmax_end(row.fold(perturb, row.argmax_start(), row.mark(bound)))
+    # One tile at a time: the code of more does not fit the instruction cache.
+    best = row.fold(perturb, row.argmax_start(), marks, together=NOISE)
+    return row.argmax_end(best)
 
 
 def _gumbel(key: tuple[Array, Array], position: Array) -> Array:
