@@ -19,7 +19,7 @@ from jax import Array, lax
 from arctic_jax.request import Request
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take three times as long to make, and each step makes many
 class ScheduledRequest:
     """A part of a request's tokens, computed in one step.
 
@@ -42,8 +42,9 @@ class ScheduledRequest:
         request: Request, start: int, max_tokens: int, max_prompt_rows: int
     ) -> ScheduledRequest:
         """Take as many tokens from `start` on as the limits allow; perhaps none."""
-        end = min(start + max_tokens, request.num_tokens)
-        samples = end == request.num_tokens
+        known = len(request.token_ids)
+        end = min(start + max_tokens, known)
+        samples = end == known
         first_row = end - samples
         if request.wants_prompt_rows:  # those that are not known from before a preemption
             first_row = max(start, min(len(request.prompt_logprobs) - 1, end))
@@ -264,6 +265,7 @@ def _shapes(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@functools.cache
 def _layout(bucket: Bucket, max_blocks: int) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
     """Return each field's offset and shape, and the size of the whole, in int32 words."""
     offsets, size = {}, 0
@@ -335,8 +337,18 @@ class StepOutput:
     top_token_ids: Array
     top_logprobs: Array
 
+    @staticmethod
+    def width(max_logprobs: int) -> int:
+        """Columns of a packed output."""
+        return 4 + 2 * max_logprobs
+
+    @staticmethod
+    def token_ids_of(packed: Array) -> Array:
+        """Return the tokens of a packed output."""
+        return packed[:, 0]
+
     def pack(self) -> Array:
-        """Put everything into one int32 array `[R, 4 + 2L]`: each array read costs host time."""
+        """Put everything into one int32 array `[R, width]`: each array read costs host time."""
         floats = [self.logprob[:, None], self.top_logprobs]
         ints = [self.token_ids[:, None], self.finite[:, None], self.rank[:, None]]
         words = [lax.bitcast_convert_type(x, jnp.int32) for x in floats]

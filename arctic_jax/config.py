@@ -211,16 +211,37 @@ class SchedulerConfig:
     """Requests that run at once; `None`: 256, on a CPU 16."""
     max_num_batched_tokens: int | None = None
     """Tokens of one step, prompts and decode together; `None`: 8192, on a CPU 1024."""
+    max_num_prefill_tokens: int | None = None
+    """Prompt tokens of one step while other requests generate, so that long prompts do not stall
+    them; `None`: 2048, on a CPU 256."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_logprobs: int = 20
 
     def __post_init__(self) -> None:
         _positive("max_num_seqs", self.max_num_seqs)
         _positive("max_num_batched_tokens", self.max_num_batched_tokens)
+        _positive("max_num_prefill_tokens", self.max_num_prefill_tokens)
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _integer("max_logprobs", self.max_logprobs)
         if self.max_logprobs < 0:
             raise ValueError(f"max_logprobs must not be negative, got {self.max_logprobs}")
+
+    def limits(self, backend: str) -> StepLimits:
+        """Fill in the limits whose default depends on where the engine runs ("cpu", "gpu")."""
+        default = StepLimits(16, 1024, 256) if backend == "cpu" else StepLimits(256, 8192, 2048)
+        given = {f.name: getattr(self, f.name) for f in fields(StepLimits)}
+        limits = replace(default, **{name: n for name, n in given.items() if n is not None})
+        most = min(limits.max_num_prefill_tokens, limits.max_num_batched_tokens)
+        return replace(limits, max_num_prefill_tokens=most)
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """What one step may hold, see `SchedulerConfig`."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_prefill_tokens: int
 
 
 @dataclass(frozen=True)
@@ -253,17 +274,6 @@ class EngineConfig:
         if keywords:
             raise TypeError(f"unknown engine option(s): {', '.join(sorted(keywords))}")
         return cls(**parts)
-
-    def for_backend(self, backend: str) -> EngineConfig:
-        """Fill in the limits whose default depends on where the engine runs ("cpu", "gpu")."""
-        small = backend == "cpu"
-        scheduler = replace(
-            self.scheduler,
-            max_num_seqs=self.scheduler.max_num_seqs or (16 if small else 256),
-            max_num_batched_tokens=self.scheduler.max_num_batched_tokens
-            or (1024 if small else 8192),
-        )
-        return replace(self, scheduler=scheduler)
 
 
 # Every step is one program and prompts are always chunked; code of a model's repository never runs.

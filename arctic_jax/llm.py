@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from arctic_jax.config import DEFAULT_MODEL, EngineConfig
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.progress import Report, bars
-from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.request import RequestOutput, RequestOutputKind, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`; each may have `cache_salt`."""
 Message = Mapping[str, Any]
+FINAL_ONLY = RequestOutputKind.FINAL_ONLY
 
 
 class LLM:
@@ -84,7 +86,7 @@ class LLM:
         try:
             for prompt, one, rank in zip(many, params, priorities, strict=True):
                 ids.append(str(next(self._ids)))
-                self._add(ids[-1], prompt, one, rank)
+                self._add(ids[-1], prompt, replace(one, output_kind=FINAL_ONLY), rank)
             with bars(use_tqdm and self._progress) as report:
                 return self._run(ids, report)
         finally:  # Ctrl-C, or a bad prompt among good ones: nothing is left behind
@@ -172,10 +174,8 @@ class LLM:
         while len(done) < len(ids):
             self._step()
             for request_id in wanted & self._unread.keys():
-                output = self._unread.pop(request_id)
-                if output.finished:
-                    done[request_id] = output
-                    report("Generating", len(done), len(ids))
+                done[request_id] = self._unread.pop(request_id)
+                report("Generating", len(done), len(ids))
         return [done[request_id] for request_id in ids]
 
     def _step(self) -> None:

@@ -7,6 +7,7 @@ thread. Names and defaults are vLLM's, so that its users' scripts run with the i
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import numbers
 import time
@@ -21,6 +22,15 @@ MAX_STOP_STRINGS = 16
 MAX_BAD_WORDS = 128
 MAX_LOGIT_BIAS = 1024
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
+
+class RequestOutputKind(enum.Enum):
+    """Which states of a request its user gets."""
+
+    CUMULATIVE = 0
+    """One a step, with everything so far."""
+    FINAL_ONLY = 2
+    """The last one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         logit_bias: added to the logits of these token ids.
         allowed_token_ids: only these may be generated.
+        output_kind: which states of the request are reported.
     """
 
     # In vLLM's order, for those who pass the first few by position.
@@ -75,6 +86,7 @@ class SamplingParams:
     bad_words: list[str] | tuple[str, ...] | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: list[int] | tuple[int, ...] | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         """Check every range that does not depend on the model.
@@ -120,6 +132,8 @@ class SamplingParams:
             not _is_int(self.seed) or not -(2**63) <= int(self.seed) < 2**63
         ):
             _refuse("seed", self.seed, "must be a 64-bit integer")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            _refuse("output_kind", self.output_kind, "must be a RequestOutputKind")
         self._check_lists()
 
     def _check_finite(self, name: str) -> None:
@@ -171,7 +185,7 @@ class SamplingParams:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    @property
+    @functools.cached_property
     def adjusts_logits(self) -> bool:
         """Whether logits depend on earlier tokens or on lists of tokens."""
         return bool(
@@ -351,11 +365,14 @@ class Request:
     @property
     def waits_for_tokens(self) -> bool:
         """Whether what comes next cannot be computed before the pending tokens are known."""
+        if not self.num_pending:
+            return False
         host_decides = self.params.bad_words or self.params.min_tokens
-        return bool(self.num_pending and (host_decides or self.num_drawn >= self.max_tokens))
+        return bool(host_decides) or self.num_drawn >= self.max_tokens
 
     @property
     def wants_prompt_rows(self) -> bool:
         """Whether prompt positions still need logits for `prompt_logprobs`."""
-        wanted = self.params.prompt_logprobs is not None
-        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens
+        if self.params.prompt_logprobs is None:
+            return False
+        return len(self.prompt_logprobs) < self.num_prompt_tokens

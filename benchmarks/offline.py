@@ -36,6 +36,14 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=1024)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--prefill", type=int, nargs=2, default=None, metavar=("PROMPTS", "LEN"))
+    parser.add_argument(
+        "--stall",
+        type=int,
+        nargs=2,
+        metavar=("STREAMS", "LEN"),
+        help="time between tokens of streams while a long prompt arrives",
+    )
+    parser.add_argument("--max-num-prefill-tokens", type=int, default=None)
     parser.add_argument("--throughput", type=int, default=None, metavar="REQUESTS")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", default=None, metavar="DIR", help="trace decode steps here")
@@ -52,6 +60,7 @@ def main() -> None:
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_prefill_tokens=args.max_num_prefill_tokens,
         enable_prefix_caching=False,
     )
     result: dict[str, Any] = {
@@ -90,6 +99,10 @@ def main() -> None:
         seconds = bench.seconds(prompts, length, 1)
         result["prefill"] = {"prompts": prompts, "len": length, "tok_s": prompts * length / seconds}
         print(f"prefill {prompts} x {length}: {result['prefill']['tok_s']:.0f} tok/s", flush=True)
+    if args.stall:
+        result["stall"] = row = bench.stall(*args.stall)
+        print("  ".join(f"{k} {v:.1f}" for k, v in row.items()), flush=True)
+        write(args.out, result)
     if args.throughput:
         bench.repeats = 1
         seconds = bench.seconds(args.throughput, args.input_len, args.output_len)
@@ -144,6 +157,39 @@ class Bench:
         for name in ids:
             engine.abort(name)
         return times
+
+    def stall(self, streams: int, length: int) -> dict[str, float]:
+        """Time between tokens of `streams` answers, alone and while a prompt is computed."""
+        engine = self.llm.engine
+        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        ids = [f"bench-{i}" for i in range(streams)]
+        for name, prompt in zip(ids, self._prompts(streams, 1024), strict=True):
+            engine.add_request(name, prompt, params)
+        while engine.scheduler.waiting or any(
+            r.num_tokens == r.num_prompt_tokens for r in engine.scheduler.running
+        ):
+            engine.step()
+        alone, beside, long = [], [], None
+        for step in range(2000):
+            if step == 50:
+                engine.add_request("long", self._prompts(1, length)[0], params)
+                long = engine.scheduler.waiting[0]
+            start = time.perf_counter()
+            engine.step()
+            elapsed = (time.perf_counter() - start) * 1e3
+            (alone if long is None else beside).append(elapsed)
+            if long is not None and long.output_token_ids:
+                break
+        for name in [*ids, "long"]:
+            engine.abort(name)
+        return {
+            "streams": streams,
+            "len": length,
+            "alone_ms_median": statistics.median(alone[5:]),
+            "beside_ms_median": statistics.median(beside),
+            "beside_ms_max": max(beside),
+            "ttft_ms": sum(beside),
+        }
 
     def _prompts(self, batch: int, length: int) -> list[list[int]]:
         vocab = self.llm.engine.runner.model_config.vocab_size

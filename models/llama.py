@@ -73,6 +73,7 @@ class LlamaForCausalLM(nnx.Module):
         self, config: ModelConfig, num_devices: int, implementation: str | None = None
     ) -> None:
         self.config = config
+        self.implementation = implementation
         self.num_kv_groups = num_kv_groups(config, num_devices)
         if config.intermediate_size % num_devices:
             raise ValueError(

@@ -52,8 +52,10 @@ def folders() -> dict[str, str]:
     import jax
     from huggingface_hub import constants
 
-    compiled = jax.config.jax_compilation_cache_dir
-    return {"hub": constants.HF_HUB_CACHE, "compiled programs": str(compiled or "off")}
+    from arctic_jax.engine import program_store
+
+    compiled = jax.config.jax_compilation_cache_dir or program_store.default_directory()
+    return {"hub": constants.HF_HUB_CACHE, "compiled programs": str(compiled)}
 
 
 def record() -> dict[str, Any]:

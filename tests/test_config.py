@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from arctic_jax.config import EngineConfig, ModelConfig, RopeConfig
+from arctic_jax.config import EngineConfig, ModelConfig, RopeConfig, SchedulerConfig, StepLimits
 from arctic_jax.errors import UnsupportedModelError
 
 COUNTS = (
@@ -17,6 +17,7 @@ COUNTS = (
     "num_blocks",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "max_num_prefill_tokens",
 )
 
 
@@ -83,11 +84,10 @@ def test_options_of_vllm_without_meaning_are_let_pass(caplog: pytest.LogCaptureF
 
 
 def test_limits_depend_on_the_backend_unless_given() -> None:
-    assert EngineConfig().for_backend("cpu").scheduler.max_num_seqs == 16
-    assert EngineConfig().for_backend("gpu").scheduler.max_num_seqs == 256
-    config = EngineConfig.from_keywords(max_num_seqs=3).for_backend("gpu")
-    assert config.scheduler.max_num_seqs == 3
-    assert config.scheduler.max_num_batched_tokens == 8192
+    assert SchedulerConfig().limits("cpu").max_num_seqs == 16
+    assert SchedulerConfig().limits("gpu") == StepLimits(256, 8192, 2048)
+    assert SchedulerConfig(max_num_seqs=3).limits("gpu") == StepLimits(3, 8192, 2048)
+    assert SchedulerConfig(max_num_batched_tokens=64).limits("gpu") == StepLimits(256, 64, 64)
 
 
 HF = {

@@ -18,7 +18,6 @@ from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
 from arctic_jax.errors import InvalidRequestError
-from arctic_jax.loading import hub
 from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
@@ -47,20 +46,19 @@ class EngineCore:
         files: ModelFiles | None = None,
     ) -> None:
         _prepare_jax(config)
-        config = config.for_backend(jax.default_backend())
         self.config = config
+        limits = config.scheduler.limits(jax.default_backend())
         self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)
         model_config = cls.config_from_hf(self.files.config)
-        self.runner = ModelRunner(config, cls, model_config, self.files.checkpoint, report)
+        self.runner = ModelRunner(config, limits, cls, model_config, self.files.checkpoint, report)
         self.tokenizer = self.files.tokenizer
         self.max_model_len = self.runner.max_model_len
         self.scheduler = Scheduler(
             BlockPool(
                 self.runner.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching
             ),
-            self.runner.max_num_seqs,
-            config.scheduler.max_num_batched_tokens or 1,
+            limits,
             self.runner.max_prompt_rows,
             by_priority=config.scheduler.scheduling_policy == "priority",
         )
@@ -147,7 +145,7 @@ class EngineCore:
         for request, status in self.outputs.accept(step.scheduled, output, self._group_of):
             changed[self._group_of[request]] = None
             self._finish(request, status)
-        return [self._output(group) for group in changed]
+        return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; return its last state, or `None` if there is no such request."""
@@ -230,6 +228,3 @@ def _prepare_jax(config: EngineConfig) -> None:
     # Only heeded if no GPU program has run yet in this process; JAX's default is 0.75.
     share = str(config.cache.gpu_memory_utilization)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(hub.cache_directory() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

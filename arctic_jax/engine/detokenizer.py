@@ -5,6 +5,7 @@ Owned by the engine thread; one `TextStream` an answer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import tokenizers
@@ -19,7 +20,8 @@ class TextStream:
 
     It continues the prompt: where a tokenizer drops the space before the first word of a text, the
     answer's first word keeps it. Bytes of a character that is not complete yet, and text that may
-    turn out to be the beginning of a stop string, are held back from `visible`.
+    turn out to be the beginning of a stop string, are held back from `visible`. Without stop
+    strings no text is made before somebody wants it: all at once is much cheaper.
 
     Args:
         tokenizer: decodes.
@@ -39,8 +41,9 @@ class TextStream:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        context = self._end_of(prompt_token_ids)
-        self._stream = DecodeStream(context, skip_special_tokens=skip_special_tokens)
+        self._context = self._end_of(prompt_token_ids)
+        self._stream = self._new_stream()
+        self._pending: list[int] = []  # taken, not yet decoded
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._longest = max(map(len, self._stop), default=1)
@@ -48,6 +51,9 @@ class TextStream:
 
     def push(self, token: int, may_stop: bool = True) -> str | None:
         """Take a token; return the stop string that it completes, after cutting the text there."""
+        if not self._stop:
+            self._pending.append(token)
+            return None
         chunk = self._decode(token)
         if not chunk:
             return None
@@ -66,6 +72,22 @@ class TextStream:
         at, stop = min(found)
         self.text = self.text[: at + len(stop) if self._include_stop else at]
         return stop
+
+    def flush(self) -> None:
+        """Make the text of all tokens taken so far."""
+        tokens, self._pending = self._pending, []
+        if len(tokens) > 1 and not self.text:
+            stream = self._new_stream()
+            with contextlib.suppress(Exception):  # what is wrong shows one by one
+                self.text = stream.step(self._tokenizer, tokens) or ""
+            if self.text:
+                self._stream = stream
+                return
+        for token in tokens:  # also if the last one leaves a character incomplete
+            self.text += self._decode(token) or ""
+
+    def _new_stream(self) -> DecodeStream:
+        return DecodeStream(self._context, skip_special_tokens=self._skip_special_tokens)
 
     def _decode(self, token: int) -> str | None:
         try:

@@ -19,6 +19,7 @@ from arctic_jax.request import (
     Request,
     RequestMetrics,
     RequestOutput,
+    RequestOutputKind,
     RequestStatus,
 )
 
@@ -36,6 +37,12 @@ class RequestGroup:
     def finished(self) -> bool:
         """Whether all answers have ended."""
         return all(member.status.finished for member in self.members)
+
+    @property
+    def reports(self) -> bool:
+        """Whether its user gets the state after this step."""
+        everything = self.members[0].params.output_kind is RequestOutputKind.CUMULATIVE
+        return everything or self.finished
 
 
 class OutputProcessor:
@@ -130,6 +137,8 @@ class OutputProcessor:
                 status, request.stop_reason = RequestStatus.STOPPED, stop
         if status is None and len(request.output_token_ids) >= request.max_tokens:
             status = RequestStatus.LENGTH
+        if stream is not None and (status is not None or group.reports):
+            stream.flush()  # here an error ends this request only
         return status
 
     def _logprobs(self, output: HostOutput, row: int, token: int, wanted: int) -> PositionLogprobs:
@@ -170,9 +179,10 @@ class OutputProcessor:
     def _completion(self, request: Request, group: RequestGroup) -> CompletionOutput:
         stream = group.streams.get(request)
         wanted = request.params.logprobs is not None
-        text = "" if stream is None else stream.visible
-        if stream is not None and request.status.finished:
-            text = stream.text
+        text = ""
+        if stream is not None:
+            stream.flush()
+            text = stream.text if request.status.finished else stream.visible
         return CompletionOutput(
             index=request.index,
             text=text,

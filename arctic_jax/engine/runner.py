@@ -6,7 +6,6 @@ runs the program and brings the results to the host.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -24,11 +23,12 @@ from arctic_jax.batch import (
     Bucket,
     HostOutput,
     ScheduledBatch,
+    StepOutput,
     bucket_ladder,
-    host_views,
-    packed_size,
 )
-from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig
+from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
+from arctic_jax.engine import program_store
+from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
 from arctic_jax.kv_cache import KVCacheSpec
@@ -60,7 +60,8 @@ class ModelRunner:
     """Loads a model and runs its steps.
 
     Args:
-        config: with the backend's defaults filled in.
+        config: what the user set.
+        limits: of a step.
         model_class: from the registry.
         model_config: the model's numbers.
         checkpoint: where weights come from; `None` for random ones.
@@ -71,6 +72,7 @@ class ModelRunner:
     def __init__(
         self,
         config: EngineConfig,
+        limits: StepLimits,
         model_class: type[LlamaForCausalLM],
         model_config: ModelConfig,
         checkpoint: Checkpoint | None,
@@ -82,8 +84,8 @@ class ModelRunner:
         self.model_config = model_config
         self.mesh = make_mesh(tp, sp, devices)
         self.layout = ulysses(tp, sp) if sp > 1 else shift(tp, sp)
-        self.max_num_seqs = config.scheduler.max_num_seqs or 1
-        max_tokens = config.scheduler.max_num_batched_tokens or 1
+        self.max_num_seqs = limits.max_num_seqs
+        max_tokens = limits.max_num_batched_tokens
         self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens)
         self.buckets = bucket_ladder(self.max_num_seqs, max_tokens, self.max_prompt_rows, sp)
 
@@ -113,6 +115,7 @@ class ModelRunner:
             self.max_num_seqs,
             max_rows,
             config.scheduler.max_logprobs,
+            program_store.default_directory(),
         )
         self.num_blocks = config.cache.num_blocks or self._blocks_that_fit(config.cache)
         if self.num_blocks < self.max_blocks_per_seq:
@@ -128,8 +131,14 @@ class ModelRunner:
         self.state = jax.device_put(
             SamplerState.zeros(self.max_num_seqs, model_config.vocab_size), replicated
         )
-        self._drawn = jax.device_put(np.zeros(max_rows, np.int32), replicated)
-        self._row_of: dict[Request, int] = {}  # of the step launched last
+        shape = (max_rows, StepOutput.width(config.scheduler.max_logprobs))
+        self._output = jax.device_put(np.zeros(shape, np.int32), replicated)
+        self.packer = StepPacker(
+            self.max_num_seqs,
+            self.max_blocks_per_seq,
+            self.cache_spec.block_size,
+            model_config.vocab_size,
+        )
         self._rows = _SamplerRows(model_config.vocab_size)
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
@@ -139,16 +148,15 @@ class ModelRunner:
             if row is not None:
                 self.state = self.programs.set_row(self.state, part.request.slot, *row)
         bucket = Bucket.fit(scheduled, self.buckets)
-        packed = self._pack(scheduled, bucket)
-        self.cache, self.state, self._drawn, output = self.programs.run(
-            self.layout, bucket, self.leaves, self.cache, self.state, self._drawn, packed
+        packed = self.packer.pack(scheduled, bucket)
+        self.cache, self.state, self._output = self.programs.run(
+            self.layout, bucket, self.leaves, self.cache, self.state, self._output, packed
         )
+        output = self.programs.copy(self._output)
         if jax.default_backend() == "cpu" and self.mesh.size > 1:
             # Forced CPU devices share threads: collectives of two steps would wait for each other.
             output.block_until_ready()
         output.copy_to_host_async()
-        rows = itertools.accumulate(part.num_rows for part in scheduled.requests)
-        self._row_of = {p.request: row - 1 for p, row in zip(scheduled.requests, rows, strict=True)}
         return LaunchedStep(scheduled, output)
 
     def forget(self, request: Request) -> None:
@@ -199,58 +207,9 @@ class ModelRunner:
         state = SamplerState.bytes(self.max_num_seqs, self.model_config.vocab_size)
         free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
         budget = free - state - int(1.2 * workspace)
-        return min(most, budget // per_device)
-
-    def _pack(self, scheduled: ScheduledBatch, bucket: Bucket) -> np.ndarray:
-        """Write a step into one array, in the bucket's shape."""
-        size = self.cache_spec.block_size
-        packed = np.zeros(packed_size(bucket, self.max_blocks_per_seq), np.int32)
-        views = host_views(packed, bucket, self.max_blocks_per_seq)
-        views["slot_mapping"][:] = -1
-        views["token_source"][:] = -1
-        views["row_target"][:] = 0  # padding's; those of requests follow
-        views["state_row"][:] = -1
-        token = row = 0
-        want_logprobs = False
-        for s, part in enumerate(scheduled.requests):
-            request, params = part.request, part.request.params
-            tokens = slice(token, token + part.num_tokens)
-            positions = np.arange(part.start, part.end, dtype=np.int32)
-            blocks = np.asarray(request.block_ids, np.int32)
-            views["token_ids"][tokens] = request.token_ids[part.start : part.end]
-            if request.num_pending > part.samples:  # the step before is still drawing the last one
-                views["token_source"][token + part.num_tokens - 1] = self._row_of[request]
-            views["positions"][tokens] = positions
-            views["slot_mapping"][tokens] = blocks[positions // size] * size + positions % size
-            views["query_start_loc"][s] = token
-            views["seq_lens"][s] = part.end
-            views["block_tables"][s, : len(blocks)] = blocks
-            token += part.num_tokens
-            if part.num_rows:
-                rows = slice(row, row + part.num_rows)
-                first = part.end - part.num_rows
-                views["logit_rows"][rows] = np.arange(token - part.num_rows, token)
-                views["row_seq"][rows] = s
-                views["row_step"][rows] = request.num_drawn - part.samples
-                # Rows before the last known token predict a token of the prompt.
-                targets = request.token_ids[first + 1 : part.end + (not part.samples)]
-                views["row_target"][rows] = [*targets, -1] if part.samples else targets
-                row += part.num_rows
-                want_logprobs |= params.logprobs is not None or request.wants_prompt_rows
-            if params.adjusts_logits:
-                views["state_row"][s] = request.slot
-            views["temperature"][s] = params.temperature
-            views["top_k"][s] = min(max(params.top_k, 0), self.model_config.vocab_size)
-            views["top_p"][s] = params.top_p
-            views["min_p"][s] = params.min_p
-            views["presence_penalty"][s] = params.presence_penalty
-            views["frequency_penalty"][s] = params.frequency_penalty
-            views["repetition_penalty"][s] = params.repetition_penalty
-            views["seed"][s] = np.array([request.seed], np.int64).view(np.int32)
-        views["query_start_loc"][len(scheduled.requests) :] = token
-        views["top_p"][len(scheduled.requests) :] = 1.0
-        views["want_logprobs"][...] = want_logprobs
-        return packed
+        # Stored programs have this number in their shapes, and free memory differs a little from
+        # start to start.
+        return min(most, budget // per_device // 64 * 64)
 
 
 class _SamplerRows:

@@ -11,6 +11,7 @@ import bisect
 import time
 
 from arctic_jax.batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.config import StepLimits
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.request import Request, RequestStatus
 
@@ -18,10 +19,12 @@ from arctic_jax.request import Request, RequestStatus
 class Scheduler:
     """Continuous batching with chunked prefill, prefix caching and preemption by recomputing.
 
+    While requests generate, prompts get only a part of each step's tokens: the steps stay short,
+    and who is being answered does not wait for somebody else's long prompt.
+
     Args:
         pool: the cache's blocks.
-        max_num_seqs: requests that run at once.
-        max_num_batched_tokens: tokens of one step.
+        limits: of a step.
         max_prompt_rows: rows of logits for prompt log-probabilities of one step.
         by_priority: lower `Request.priority` goes first; else first come, first served.
     """
@@ -29,14 +32,12 @@ class Scheduler:
     def __init__(
         self,
         pool: BlockPool,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
+        limits: StepLimits,
         max_prompt_rows: int,
         by_priority: bool = False,
     ) -> None:
         self.pool = pool
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.limits = limits
         self.max_prompt_rows = max_prompt_rows
         self.by_priority = by_priority
         # Both in the order in which requests are served; victims are taken from the end.
@@ -44,7 +45,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self._order: dict[Request, tuple[int, int]] = {}
         self._arrivals = 0
-        self._free_slots = list(range(max_num_seqs))[::-1]
+        self._free_slots = list(range(limits.max_num_seqs))[::-1]
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
@@ -75,14 +76,18 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's tokens and allocate their blocks; empty if there are none."""
         chosen: list[ScheduledRequest] = []
-        tokens, rows = self.max_num_batched_tokens, self.max_prompt_rows
+        tokens, rows = self.limits.max_num_batched_tokens, self.max_prompt_rows
+        generating = any(r.num_tokens == r.num_computed_tokens + 1 for r in self.running)
+        prefill = self.limits.max_num_prefill_tokens if generating else tokens
         preempted = False
 
         i = 0
         while i < len(self.running) and tokens:
             request = self.running[i]
-            part = ScheduledRequest.plan(request, request.num_computed_tokens, tokens, rows)
-            # Without tokens: no rows are left for its prompt log-probabilities.
+            missing = request.num_tokens - request.num_computed_tokens
+            most = tokens if missing == 1 else min(tokens, prefill)
+            part = ScheduledRequest.plan(request, request.num_computed_tokens, most, rows)
+            # Without tokens: none, or no rows, are left for its prompt.
             if part.num_tokens < 1 or request.waits_for_tokens:
                 i += 1
                 continue
@@ -95,21 +100,25 @@ class Scheduler:
             else:
                 self._choose(part, chosen)
                 tokens -= part.num_tokens
+                prefill -= part.num_tokens if missing > 1 else 0
                 rows -= part.num_rows if request.wants_prompt_rows else 0
                 i += 1
 
         # After a preemption memory is short: taking somebody new in would only preempt again.
-        while self.waiting and tokens and not preempted and len(self.running) < self.max_num_seqs:
+        room = 0 if preempted else self.limits.max_num_seqs - len(self.running)
+        while self.waiting and room and (most := min(tokens, prefill)):
             request = self.waiting[0]
             self._attach_prefix(request)
-            part = ScheduledRequest.plan(request, request.num_computed_tokens, tokens, rows)
+            part = ScheduledRequest.plan(request, request.num_computed_tokens, most, rows)
             if part.num_tokens < 1 or not self._extend(request, part.end):
                 self._detach(request)
                 break
             self.waiting.pop(0)
             self._start(request)
             self._choose(part, chosen)
+            room -= 1
             tokens -= part.num_tokens
+            prefill -= part.num_tokens
             rows -= part.num_rows if request.wants_prompt_rows else 0
 
         return ScheduledBatch(tuple(chosen))
@@ -120,9 +129,9 @@ class Scheduler:
 
     def _extend(self, request: Request, num_tokens: int) -> bool:
         """Give a request the blocks for its first `num_tokens` tokens; all of them or none."""
-        needed = -(-num_tokens // self.pool.block_size) - len(request.block_ids)
-        if needed > 0:
-            blocks = self.pool.allocate(needed)
+        missing = num_tokens - len(request.block_ids) * self.pool.block_size
+        if missing > 0:
+            blocks = self.pool.allocate(-(-missing // self.pool.block_size))
             if blocks is None:
                 return False
             request.block_ids.extend(blocks)
@@ -181,9 +190,9 @@ class Scheduler:
         chosen.append(part)
         request, size = part.request, self.pool.block_size
         request.num_computed_tokens = part.end
-        known = min(part.end, request.num_tokens - request.num_pending)
         if part.samples:
             request.expect_token()
+        known = min(part.end, len(request.token_ids) - request.num_pending)
         full = known // size
         if full == request.num_published_blocks:
             return

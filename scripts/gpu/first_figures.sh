@@ -15,4 +15,4 @@ timeout 240 "$python" benchmarks/offline.py --model $model --load-format dummy \
     --max-model-len 2048 --max-num-seqs 64 --max-num-batched-tokens 8192 \
     --batches 1 16 64 --repeats 1 --profile "$out/trace" \
     --out "$out/offline_llama-3.1-8b.json" 2>&1 | grep -v '━'
-"$python" scripts/gpu/top_kernels.py "$out/trace" && rm -rf "$out/trace"
+"$python" scripts/gpu/trace_summary.py "$out/trace" && rm -rf "$out/trace"

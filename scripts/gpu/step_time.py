@@ -36,19 +36,24 @@ def main() -> None:
     parser.add_argument("--model", default="benchmarks/configs/llama-3.1-8b")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--prefill", type=int, help="tokens of a prefill step to trace as well")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--compiler-options", default="{}", help="JSON, for the step programs")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = json.loads(args.compiler_options)
-    jax.stages.Lowered.compile = functools.partialmethod(jax.stages.Lowered.compile, options)
+    compiler_options = json.loads(args.compiler_options)
+    jax.stages.Lowered.compile = functools.partialmethod(
+        jax.stages.Lowered.compile, compiler_options
+    )
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level, options.host_tracer_level = 0, 3
     llm = LLM(
         args.model,
         load_format="dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=max(args.batches),
-        max_num_batched_tokens=4096,
+        max_num_batched_tokens=max(4096, args.prefill or 0),
         enable_prefix_caching=False,
     )
     engine, runner = llm.engine, llm.engine.runner
@@ -68,7 +73,7 @@ def main() -> None:
             tuple(ScheduledRequest(r, r.num_computed_tokens - 1, 1, 1, False) for r in running)
         )
         bucket = Bucket.fit(scheduled, runner.buckets)
-        pack = median_ms(lambda s=scheduled, b=bucket: runner._pack(s, b))
+        pack = median_ms(lambda s=scheduled, b=bucket: runner.packer.pack(s, b))
 
         def launch(s: ScheduledBatch = scheduled) -> jax.Array:
             return runner.launch(s).output
@@ -90,11 +95,18 @@ def main() -> None:
         }
         rows.append(row)
         print("  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
-        with jax.profiler.trace(str(args.out / f"trace_{batch}")):
-            for _ in range(4):
-                np.asarray(launch())
+        with jax.profiler.trace(str(args.out / f"trace_{batch}"), profiler_options=options):
+            jax.block_until_ready([launch() for _ in range(4)])
         for i in range(batch):
             engine.abort(str(i))
+    if args.prefill:
+        prompts = rng.integers(0, runner.model_config.vocab_size, (3, args.prefill)).tolist()
+        for i, prompt in enumerate(prompts):
+            engine.add_request(str(i), prompt, params)
+        engine.step()
+        with jax.profiler.trace(str(args.out / "trace_prefill"), profiler_options=options):
+            engine.step()
+            engine.step()
     (args.out / "step_time.json").write_text(json.dumps(rows, indent=1))
 
 

@@ -73,6 +73,7 @@ def push_all(stream: TextStream, ids: Iterable[int]) -> tuple[str | None, list[s
     seen = []
     for token in ids:
         stop = stream.push(token)
+        stream.flush()
         if stop is not None:
             return stop, seen
         seen.append(stream.visible)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arctic_jax.batch import Bucket, ScheduledBatch, bucket_ladder
+from arctic_jax.config import StepLimits
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.scheduler import Scheduler
 from arctic_jax.request import Logprob, Request, RequestStatus, SamplingParams
@@ -22,9 +23,11 @@ def scheduler_of(
     max_prompt_rows: int = 8,
     by_priority: bool = False,
     caching: bool = True,
+    max_prefill: int | None = None,
 ) -> Scheduler:
     pool = BlockPool(num_blocks, SIZE, caching)
-    return Scheduler(pool, max_num_seqs, max_tokens, max_prompt_rows, by_priority)
+    limits = StepLimits(max_num_seqs, max_tokens, max_prefill or max_tokens)
+    return Scheduler(pool, limits, max_prompt_rows, by_priority)
 
 
 def request_of(
@@ -78,13 +81,13 @@ def tokens_of(scheduled: ScheduledBatch) -> dict[Request, int]:
 def check(scheduler: Scheduler, scheduled: ScheduledBatch) -> None:
     """What is true of every step."""
     scheduler.pool.check(scheduler.held_blocks())
-    assert scheduled.num_tokens <= scheduler.max_num_batched_tokens
-    assert len(scheduler.running) <= scheduler.max_num_seqs
+    assert scheduled.num_tokens <= scheduler.limits.max_num_batched_tokens
+    assert len(scheduler.running) <= scheduler.limits.max_num_seqs
     prompt_rows = sum(p.num_rows for p in scheduled.requests if p.request.wants_prompt_rows)
     assert prompt_rows <= scheduler.max_prompt_rows + len(scheduled.requests)
     slots = [request.slot for request in scheduler.running]
     assert len(set(slots)) == len(slots)
-    assert all(0 <= slot < scheduler.max_num_seqs for slot in slots)
+    assert all(0 <= slot < scheduler.limits.max_num_seqs for slot in slots)
     assert all(request.slot == -1 and not request.block_ids for request in scheduler.waiting)
     chosen = [part.request for part in scheduled.requests]
     assert len(set(chosen)) == len(chosen)
@@ -100,7 +103,7 @@ def check(scheduler: Scheduler, scheduled: ScheduledBatch) -> None:
         for block in request.block_ids[part.start // SIZE :]:
             assert writers.setdefault(block, request) is request, "two write to one block"
     if scheduled.requests:
-        limits = (scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        limits = (scheduler.limits.max_num_seqs, scheduler.limits.max_num_batched_tokens)
         ladder = bucket_ladder(*limits, scheduler.max_prompt_rows, multiple=1)
         assert Bucket.fit(scheduled, ladder).fits(scheduled)
 
@@ -116,6 +119,23 @@ def run(scheduler: Scheduler, max_steps: int = 500) -> list[Request]:
             assert scheduler.pool.num_free == scheduler.pool.num_blocks
             return ended
     raise AssertionError("somebody starves")
+
+
+def test_a_long_prompt_does_not_stall_those_who_generate() -> None:
+    scheduler = scheduler_of(max_tokens=16, max_prefill=4)
+    a, b = queue(scheduler, request_of(3, max_tokens=3), request_of(2, max_tokens=3))
+    accept(scheduler, scheduler.schedule())
+    long, late = queue(scheduler, request_of(30), request_of(5))
+    for _ in range(2):  # the last two tokens of a and b
+        scheduled = scheduler.schedule()
+        assert tokens_of(scheduled) == {a: 1, b: 1, long: 4}
+        accept(scheduler, scheduled)
+    assert a.status.finished
+    assert b.status.finished
+    scheduled = scheduler.schedule()  # nobody generates: the step is as long as it may be
+    assert tokens_of(scheduled) == {long: 16}
+    accept(scheduler, scheduled)
+    assert tokens_of(scheduler.schedule()) == {long: 6, late: 5}
 
 
 def test_prompts_are_cut_to_the_budget() -> None:
@@ -316,6 +336,7 @@ ARRIVALS = st.lists(
     max_tokens=st.integers(1, 20),
     by_priority=st.booleans(),
     caching=st.booleans(),
+    max_prefill=st.integers(1, 20),
 )
 def test_any_storm(
     arrivals: list[tuple],
@@ -324,10 +345,19 @@ def test_any_storm(
     max_tokens: int,
     by_priority: bool,
     caching: bool,
+    max_prefill: int,
 ) -> None:
     """Nobody starves, budgets hold, and at the end no block is missing."""
     rows = min(6, max_tokens)
-    scheduler = scheduler_of(num_blocks, max_num_seqs, max_tokens, rows, by_priority, caching)
+    scheduler = scheduler_of(
+        num_blocks,
+        max_num_seqs,
+        max_tokens,
+        rows,
+        by_priority,
+        caching,
+        min(max_prefill, max_tokens),
+    )
     coming = []
     for step, which, shared, own, answer, priority, prompt_logprobs, aborted in arrivals:
         prompt = [100 * which + i for i in range(shared)] + [5000 + own] * own

@@ -1,0 +1,141 @@
+"""From a `ScheduledBatch` to the one array that a step is given. Host only, no jax.
+
+Owned by the runner. What a running request needs at every step, its blocks and its sampling
+parameters, is kept in arrays with a row for each slot, so that a step is packed by a few operations
+on whole arrays: a loop over 256 requests that wrote single entries would take milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest, host_views, packed_size
+from arctic_jax.request import Request
+
+
+class StepPacker:
+    """Packs steps, each knowing the one before.
+
+    Args:
+        max_num_seqs: slots.
+        max_blocks: of a sequence.
+        block_size: tokens of a block.
+        vocab_size: of the model.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_blocks: int, block_size: int, vocab_size: int
+    ) -> None:
+        self.max_blocks = max_blocks
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self._block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self._num_blocks = [0] * max_num_seqs
+        self._sampling = {
+            "state_row": np.zeros(max_num_seqs, np.int32),
+            "temperature": np.zeros(max_num_seqs, np.float32),
+            "top_k": np.zeros(max_num_seqs, np.int32),
+            "top_p": np.zeros(max_num_seqs, np.float32),
+            "min_p": np.zeros(max_num_seqs, np.float32),
+            "presence_penalty": np.zeros(max_num_seqs, np.float32),
+            "frequency_penalty": np.zeros(max_num_seqs, np.float32),
+            "repetition_penalty": np.zeros(max_num_seqs, np.float32),
+            "seed": np.zeros((max_num_seqs, 2), np.int32),
+        }
+        # Whose row it is, and how often that request was preempted: then it has other blocks.
+        self._owner: list[tuple[Request | None, int]] = [(None, 0)] * max_num_seqs
+        self._row_of: dict[Request, int] = {}  # in the step packed last
+
+    def pack(self, scheduled: ScheduledBatch, bucket: Bucket) -> np.ndarray:
+        """Write a step into a new array, in the bucket's shape."""
+        parts, size = scheduled.requests, self.block_size
+        requests = [part.request for part in parts]
+        for request in requests:
+            self._refresh(request)
+        n = len(parts)
+        slots = np.array([request.slot for request in requests])
+        starts = np.array([part.start for part in parts])
+        lengths = np.array([part.num_tokens for part in parts])
+        rows = np.array([part.num_rows for part in parts])
+        seqs, seq_ends, row_ends = np.arange(n), np.cumsum(lengths), np.cumsum(rows)
+        T, R = seq_ends[-1], row_ends[-1]
+        seq = np.repeat(seqs, lengths)
+        positions = np.arange(T) + (starts - seq_ends + lengths)[seq]
+
+        packed = np.zeros(packed_size(bucket, self.max_blocks), np.int32)
+        views = host_views(packed, bucket, self.max_blocks)
+        views["token_ids"][:T] = _token_ids(parts)
+        views["token_source"][:] = -1
+        for part, end in zip(parts, seq_ends.tolist(), strict=True):
+            if part.request.num_pending > part.samples:  # the step before still draws the last one
+                views["token_source"][end - 1] = self._row_of[part.request]
+        views["positions"][:T] = positions
+        views["slot_mapping"][T:] = -1
+        blocks = self._block_tables[slots[seq], positions // size]
+        views["slot_mapping"][:T] = blocks * size + positions % size
+        views["query_start_loc"][1 : n + 1] = seq_ends
+        views["query_start_loc"][n + 1 :] = T
+        views["seq_lens"][:n] = starts + lengths
+        width = max(len(request.block_ids) for request in requests)
+        views["block_tables"][:n, :width] = self._block_tables[slots, :width]
+
+        row_seq = np.repeat(seqs, rows)
+        views["logit_rows"][:R] = np.arange(R) + (seq_ends - row_ends)[row_seq]
+        views["row_seq"][:R] = row_seq
+        steps = [part.request.num_drawn - part.samples for part in parts]
+        views["row_step"][:R] = np.array(steps)[row_seq]
+        views["row_target"][:R] = -1
+        for part, end in zip(parts, row_ends.tolist(), strict=True):
+            if part.num_rows > part.samples:  # those before the last predict tokens of the prompt
+                last = end - part.samples
+                known = part.request.token_ids[part.end - part.num_rows + 1 :]
+                views["row_target"][end - part.num_rows : last] = known[
+                    : part.num_rows - part.samples
+                ]
+        for name, values in self._sampling.items():
+            views[name][:n] = values[slots]
+        views["state_row"][n:] = -1
+        views["top_p"][n:] = 1.0
+        views["want_logprobs"][...] = any(
+            request.params.logprobs is not None or request.wants_prompt_rows for request in requests
+        )
+        self._row_of = dict(zip(requests, (row_ends - 1).tolist(), strict=True))
+        return packed
+
+    def _refresh(self, request: Request) -> None:
+        """Bring the request's row up to date."""
+        slot, blocks = request.slot, request.block_ids
+        owner, preemptions = self._owner[slot]
+        if owner is not request or preemptions != request.num_preemptions:
+            self._owner[slot] = (request, request.num_preemptions)
+            self._num_blocks[slot] = 0
+            for name, value in self._parameters(request).items():
+                self._sampling[name][slot] = value
+        known = self._num_blocks[slot]
+        if known < len(blocks):
+            self._block_tables[slot, known : len(blocks)] = blocks[known:]
+            self._num_blocks[slot] = len(blocks)
+
+    def _parameters(self, request: Request) -> dict[str, object]:
+        params = request.params
+        return {
+            "state_row": request.slot if params.adjusts_logits else -1,
+            "temperature": params.temperature,
+            "top_k": min(max(params.top_k, 0), self.vocab_size),
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
+            "repetition_penalty": params.repetition_penalty,
+            "seed": np.array([request.seed], np.int64).view(np.int32),
+        }
+
+
+def _token_ids(parts: Sequence[ScheduledRequest]) -> list[int]:
+    """Return the tokens of all parts, one after the other."""
+    if all(part.num_tokens == 1 for part in parts):
+        return [part.request.token_ids[part.start] for part in parts]
+    return list(chain.from_iterable(p.request.token_ids[p.start : p.end] for p in parts))

@@ -1,0 +1,49 @@
+"""Print where the time of a profile goes: kernels on the GPU, and what the host did.
+
+    python scripts/gpu/trace_summary.py FOLDER
+
+FOLDER is what `jax.profiler.trace` wrote. A host event's time holds that of the events inside it.
+"""
+
+import collections
+import gzip
+import json
+import sys
+from pathlib import Path
+
+MOST = 25
+
+
+def main() -> None:
+    for path in sorted(Path(sys.argv[1]).rglob("*.trace.json.gz")):
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        names = {
+            (e["pid"], e.get("tid")): e["args"]["name"]
+            for e in events
+            if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
+        }
+        gpus = {pid for (pid, _), name in names.items() if "GPU" in name}
+        total: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        count: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        for e in events:
+            thread = names.get((e.get("pid"), e.get("tid")), "")
+            if e.get("ph") != "X" or (e["pid"] in gpus and "Stream" not in thread):
+                continue
+            where = "GPU" if e["pid"] in gpus else f"host, {thread.split('/')[0]}"
+            total[where][e["name"][:100]] += e["dur"]
+            count[where][e["name"][:100]] += 1
+        print(path.parent)
+        for where, times in sorted(total.items()):
+            if where == "GPU":
+                print(f"  GPU: {times.total() / 1e3:.2f} ms")
+            elif max(times.values()) < 1000:
+                continue
+            else:
+                print(f"  {where}")
+            for name, micros in times.most_common(MOST):
+                calls = count[where][name]
+                print(f"{micros / 1e3:9.2f} ms {calls:6d} x {micros / calls:8.1f} us  {name}")
+
+
+if __name__ == "__main__":
+    main()
