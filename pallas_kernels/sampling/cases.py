@@ -111,7 +111,6 @@ CASES = (
         for name, params in (
             ("greedy", GREEDY),
             ("temperature", WARM),
-            ("top_p", Params(temperature=0.8, top_p=0.95)),
             ("top_k_top_p", TOP_K_TOP_P),
             ("everything", ADJUSTED),
         )
