@@ -32,7 +32,7 @@ class Config:
     Attributes:
         blocks: thread blocks of a cluster.
         tiles: of `TILE` entries, in each.
-        unroll: tiles that are on their way from global memory at once.
+        unroll: tiles that are worked on at once, or on their way from global memory.
     """
 
     blocks: int
@@ -51,7 +51,7 @@ def choose_config(V: int) -> Config:
     tiles = -(-V // TILE)
     blocks = next(b for b in (8, 4, 2, 1) if b <= tiles)
     share = -(-tiles // blocks)
-    unroll = min(share, 4)
+    unroll = min(share, 8)
     return Config(blocks, -(-share // unroll) * unroll, unroll)
 
 

@@ -24,7 +24,6 @@ from arctic_jax.pallas_kernels.sampling.reference import INFINITY, adjust, farth
 
 __all__ = ["Config", "sampling", "unsupported"]
 
-NOISE = 1
 # The first bounds a search tries: most sets end between these distances.
 FIRST = (1.0, 4.0, 12.0)
 # Noise is between -4.48 and 15.95: what is farther than their difference never wins.
@@ -275,8 +274,9 @@ def _perturbed_argmax(
             sums.append(jnp.where(within, noise - distance, -jnp.inf))
         return row.argmax_step(tiles, sums, best)
 
-    # One tile at a time: the code of more does not fit the instruction cache.
-    best = row.fold(perturb, row.argmax_start(), marks, together=NOISE)
+    # The code of more tiles at once would not fit the instruction cache.
+    together = math.gcd(row.unroll, 2)
+    best = row.fold(perturb, row.argmax_start(), marks, together)
     return row.argmax_end(best)
 
 
