@@ -4,6 +4,10 @@ Called by `op.paged_attention`. One thread block works on one sequence, one key/
 split of the context: it brings tiles of keys and values in by TMA, one copy a block of the cache,
 and keeps a running softmax over them for the query rows of its head group. The rows are padded to
 the 64 that a wgmma has; the tensor cores have time for that while the memory system is the limit.
+
+The splits of a context are one cluster of thread blocks. Each leaves its result in global memory,
+where it stays in the L2 cache; when all have arrived at the cluster's barrier, each merges some of
+the rows. No state outlives the launch, so there is nothing to reset when it is replayed.
 """
 
 import dataclasses
@@ -30,7 +34,8 @@ class Config:
     Attributes:
         tile: keys a step.
         stages: steps whose keys and values are in shared memory or on their way.
-        splits: thread blocks that share the context of one sequence and head.
+        splits: thread blocks that share the context of one sequence and head, at most 16: the
+            largest cluster that a Hopper GPU takes.
     """
 
     tile: int
@@ -40,8 +45,10 @@ class Config:
     def __post_init__(self):
         if self.tile not in (64, 128, 256):
             raise ValueError(f"{self.tile=} must be 64, 128 or 256")
-        if self.stages < 1 or self.splits < 1:
-            raise ValueError(f"{self.stages=} and {self.splits=} must be positive")
+        if self.stages < 1:
+            raise ValueError(f"{self.stages=} must be positive")
+        if self.splits not in (1, 2, 4, 8, 16):
+            raise ValueError(f"{self.splits=} must be 1, 2, 4, 8 or 16")
 
 
 def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size: int) -> Config:
@@ -52,11 +59,9 @@ def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size:
     has two; and, for lengths that differ, into shares of `keys` while there are few thread blocks
     (each share costs a partial result that must be merged).
     """
-    items = S * KV
-    keys = blocks_per_sequence * block_size
-    by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items)
-    splits = max(-(-2 * SMS // items), by_length) if items < 2048 else 1
-    return Config(64, 2, max(1, min(splits, keys // 256)))
+    items, keys = S * KV, blocks_per_sequence * block_size
+    splits = min(2 * SMS // items, keys // 256, 16)
+    return Config(64, 2, 1 << max(splits, 1).bit_length() - 1)
 
 
 def unsupported(q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct) -> str | None:
@@ -119,14 +124,12 @@ def decode(
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
         rows = rows.reshape(S, KV * stride, D)
 
-    partial = splits > 1
-    if partial:
-        out_type = [
-            jax.ShapeDtypeStruct((S, splits, KV, Q * G, D), jnp.float32),
-            jax.ShapeDtypeStruct((S, splits, KV, ROWS), jnp.float32),
+    out_type = [jax.ShapeDtypeStruct((T, H, D), q.dtype)]
+    if splits > 1:
+        out_type += [
+            jax.ShapeDtypeStruct((S, KV, splits, Q * G, D), jnp.float32),
+            jax.ShapeDtypeStruct((S, KV, splits, ROWS), jnp.float32),
         ]
-    else:
-        out_type = [jax.ShapeDtypeStruct((T, H, D), q.dtype)]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     copies = config.tile // block_size
     scratch = {
@@ -137,7 +140,7 @@ def decode(
                 plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=swizzled),
             ],
             # The result leaves through the memory of the tiles, when they have been read.
-            plgpu.SMEM((ROWS, D), out_type[0].dtype),
+            plgpu.SMEM((ROWS, D), q.dtype if splits == 1 else jnp.float32),
         ),
         "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
         # The interpreter knows no wgmma with an operand in registers.
@@ -147,6 +150,7 @@ def decode(
         "q_barrier": plgpu.Barrier(),
         "k_barriers": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
         "v_barriers": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
+        "splits_barrier": plgpu.ClusterBarrier(collective_axes=("split",)) if splits > 1 else None,
     }
     body = functools.partial(
         _decode_body,
@@ -157,35 +161,20 @@ def decode(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        partial=partial,
     )
-    outputs = plgpu.kernel(
+    out, *_ = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(splits, KV, S),
-        grid_names=("split", "head", "sequence"),
+        grid=(KV, S),
+        grid_names=("head", "sequence"),
+        cluster=(splits,),
+        cluster_names=("split",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
         kernel_name="paged_attention_decode",
     )(rows, k_cache, v_cache, block_tables, query_start_loc, seq_lens)
-    if not partial:
-        return outputs[0]
-
-    # Each split is normalized by itself; its weight is its share of the sum of exponentials.
-    out, lse = outputs
-    together = max(1, 8 // stride)  # heads that share 8 rows; each has its part of them
-    lse = jnp.stack(
-        [lse[:, :, i::together, i * stride : i * stride + Q * G] for i in range(together)], axis=3
-    ).reshape(S, splits, KV, Q * G)
-    weight = jnp.exp2(lse - lse.max(1, keepdims=True))[..., None]
-    out = (out * weight).sum(1) / weight.sum(1)  # [S, KV, Q * G, D]
-    if Q == 1:
-        return out.reshape(T, H, D).astype(q.dtype)
-    out = jnp.moveaxis(out.reshape(S, KV, Q, G, D), 2, 1)
-    token = jnp.arange(T)
-    owner = jnp.minimum(jnp.searchsorted(query_start_loc[1:], token, side="right"), S - 1)
-    return out[owner, (token - query_start_loc[owner]) % Q].reshape(T, H, D).astype(q.dtype)
+    return out
 
 
 def _decode_body(
@@ -195,8 +184,10 @@ def _decode_body(
     tables_gmem,  # [S, B]
     starts_gmem,  # [S + 1]
     lens_gmem,  # [S]
-    out_gmem,  # [T, H, D], or [S, splits, KV, Q * G, D] when partial
-    *refs,  # [S, splits, KV, ROWS] logarithms of the sums when partial
+    out_gmem,  # [T, H, D]
+    splits_gmem=None,  # [S, KV, splits, Q * G, D], the results of the splits if there are several
+    lse_gmem=None,  # [S, KV, splits, ROWS], the logarithms of their sums
+    *,
     config: Config,
     group: int,
     queries: int,
@@ -204,7 +195,6 @@ def _decode_body(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
-    partial: bool,
     q_smem,
     tiles_smem,
     lse_smem,
@@ -212,6 +202,7 @@ def _decode_body(
     q_barrier,
     k_barriers,
     v_barriers,
+    splits_barrier,
 ):
     (k_smem, v_smem), out_smem = tiles_smem
     D, block_size, _B = q_gmem.shape[2], k_gmem.shape[2], tables_gmem.shape[1]
@@ -340,15 +331,8 @@ def _decode_body(
     row_sum = jnp.maximum(row_sum, 1e-30)
     acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
     out_smem[...] = acc.astype(out_smem.dtype)
-    if partial:
-        lse_smem[...] = row_max + jnp.log2(row_sum)
-    plgpu.commit_smem()
-    if partial:
-        plgpu.copy_smem_to_gmem(
-            out_smem.at[pl.ds(offset, queries * group)], out_gmem.at[sequence, split, head]
-        )
-        plgpu.copy_smem_to_gmem(lse_smem, refs[0].at[sequence, split, head])
-    else:
+    if splits_gmem is None:
+        plgpu.commit_smem()
         for i in range(queries):
 
             @pl.when(i < query_len)
@@ -358,4 +342,34 @@ def _decode_body(
                     out_gmem.at[start + i, pl.ds(head * group, group)],
                 )
 
-    plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        return
+
+    lse_smem[...] = row_max + jnp.log2(row_sum)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+        out_smem.at[pl.ds(offset, queries * group)], splits_gmem.at[sequence, head, split]
+    )
+    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[sequence, head, split])
+    plgpu.wait_smem_to_gmem(0)  # until it is in L2, past which TMA does not cache
+    plgpu.barrier_arrive(splits_barrier)
+    plgpu.barrier_wait(splits_barrier)
+
+    # Each split is normalized by itself; its weight is its share of the sum of exponentials.
+    rows = -(-queries * group // config.splits)
+    for row in (split * rows + i for i in range(rows)):
+
+        @pl.when(row < query_len * group)
+        def _(row=row):
+            lse = [lse_gmem[sequence, head, i, offset + row] for i in range(config.splits)]
+            largest = functools.reduce(jnp.maximum, lse)
+            weights = [jnp.exp2(x - largest) for x in lse]
+            total = functools.reduce(jnp.add, weights)
+            results = [
+                plgpu.load(splits_gmem.at[sequence, head, i, row], layout=by_row, optimized=False)
+                * (weight / total)
+                for i, weight in enumerate(weights)
+            ]
+            query, head_in_group = lax.div(row, group), lax.rem(row, group)
+            merged = functools.reduce(jnp.add, results).astype(out_gmem.dtype)
+            out_gmem[start + query, head * group + head_in_group] = merged
