@@ -331,7 +331,7 @@ def _decode_body(
     row_sum = jnp.maximum(row_sum, 1e-30)
     acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
     out_smem[...] = acc.astype(out_smem.dtype)
-    if splits_gmem is None:
+    if splits_gmem is None or lse_gmem is None:
         plgpu.commit_smem()
         for i in range(queries):
 
