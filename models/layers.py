@@ -18,7 +18,6 @@ from jax import Array
 from arctic_jax.batch import ForwardBatch
 from arctic_jax.config import ModelConfig, RopeConfig
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
-from arctic_jax.pallas_kernels.kv_cache_update.reference import rotate
 from arctic_jax.pallas_kernels.paged_attention import paged_attention
 from arctic_jax.shift_parallel import MeshLayout
 
@@ -152,10 +151,9 @@ class Attention(nnx.Module):
         implementation: str | None,
     ) -> None:
         self.head_dim = config.head_dim
-        self.heads_per_group = config.num_attention_heads // groups
         self.sliding_window = sliding_window
         self.implementation = implementation
-        width = (self.heads_per_group + 2) * config.head_dim
+        width = (config.num_attention_heads // groups + 2) * config.head_dim
         size = config.num_attention_heads * config.head_dim
         self.qkv = parameter(groups, width, config.hidden_size, axis="heads")
         self.qkv_bias = parameter(groups, width, axis="heads") if config.qkv_bias else None
@@ -180,24 +178,24 @@ class Attention(nnx.Module):
             qkv = qkv + self.qkv_bias[...]
         qkv = layout.to_heads(qkv)
         tokens, groups, _ = qkv.shape
-        q, k, v = jnp.split(qkv, [-2 * self.head_dim, -self.head_dim], axis=-1)
-        q = q.reshape(tokens, groups * self.heads_per_group, self.head_dim)
+        norms = {}
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        # A weight of 0 does not hide a value that is not finite: a damaged token would reach the
-        # queries before it, and other requests through their common prefix. Its key stays as it is.
-        v = jnp.where(jnp.isfinite(v), v, 0)
-        k_cache, v_cache = kv_cache_update(
-            k,
-            v,
+            norms = {
+                "q_norm": self.q_norm.weight[...][None],
+                "k_norm": self.k_norm.weight[...][None],
+                "epsilon": self.q_norm.epsilon,
+            }
+        q, (k_cache,), (v_cache,) = kv_cache_update(
+            qkv.reshape(tokens, groups, 1, -1, self.head_dim),
             *rope,
-            k_cache,
-            v_cache,
+            (k_cache,),
+            (v_cache,),
             batch.slot_mapping,
+            **norms,
             implementation=self.implementation,
         )
         out = paged_attention(
-            rotate(q, *rope),
+            q,
             k_cache,
             v_cache,
             batch.block_tables,
