@@ -17,6 +17,9 @@ from jax import Array
 
 from arctic_jax.batch import ForwardBatch
 from arctic_jax.config import ModelConfig, RopeConfig
+from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
+from arctic_jax.pallas_kernels.add_rms_norm.reference import rms_norm
+from arctic_jax.pallas_kernels.gated_linear_unit import gated_linear_unit
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
 from arctic_jax.pallas_kernels.kv_cache_update.reference import rotate
 from arctic_jax.pallas_kernels.paged_attention import paged_attention
@@ -125,15 +128,24 @@ class Embed(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dimension, computed in float32."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    def __init__(self, size: int, epsilon: float, implementation: str | None = None) -> None:
         self.weight = parameter(size)
         self.epsilon = epsilon
+        self.implementation = implementation
 
     def __call__(self, x: Array) -> Array:
         """Normalise `x [..., size]`."""
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * scale).astype(x.dtype) * self.weight[...]
+        return rms_norm(x, self.weight[...], self.epsilon)
+
+    def after_add(self, x: Array, delta: Array) -> tuple[Array, Array]:
+        """`x + delta [T, size]`, and its normalisation."""
+        return add_rms_norm(
+            x,
+            delta,
+            self.weight[...],
+            epsilon=self.epsilon,
+            implementation=self.implementation,
+        )
 
 
 class Attention(nnx.Module):
@@ -222,7 +234,10 @@ class GatedMLP(nnx.Module):
     in every layout, and its product holds gate and up side by side.
     """
 
-    def __init__(self, config: ModelConfig, num_devices: int) -> None:
+    def __init__(
+        self, config: ModelConfig, num_devices: int, implementation: str | None = None
+    ) -> None:
+        self.implementation = implementation
         hidden, size = config.hidden_size, config.intermediate_size // num_devices
         self.gate_up = parameter(num_devices, 2, size, hidden, axis="ffn")
         self.down = parameter(config.intermediate_size, hidden, axis="ffn")
@@ -232,9 +247,9 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array, layout: MeshLayout) -> Array:
         """`x [T, hidden]` to the same shape."""
-        gate_up = column_parallel(x, self.gate_up[...])
-        if self.gate_up_bias is not None:
-            gate_up = gate_up + self.gate_up_bias[...]
-        activated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        out = layout.reduce(activated.reshape(x.shape[0], -1) @ self.down[...])
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
+        activated = gated_linear_unit(
+            x, self.gate_up[...], bias, implementation=self.implementation
+        )
+        out = layout.reduce(activated @ self.down[...])
         return out if self.down_bias is None else out + self.down_bias[...]
