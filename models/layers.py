@@ -19,9 +19,9 @@ from arctic_jax.batch import ForwardBatch
 from arctic_jax.config import ModelConfig, RopeConfig
 from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
 from arctic_jax.pallas_kernels.add_rms_norm.reference import rms_norm
-from arctic_jax.pallas_kernels.gated_linear_unit import gated_linear_unit
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
 from arctic_jax.pallas_kernels.kv_cache_update.reference import rotate
+from arctic_jax.pallas_kernels.norm_linear import norm_linear
 from arctic_jax.pallas_kernels.paged_attention import paged_attention
 from arctic_jax.shift_parallel import MeshLayout
 
@@ -147,6 +147,21 @@ class RMSNorm(nnx.Module):
             implementation=self.implementation,
         )
 
+    def linear(
+        self, x: Array, delta: Array, weight: Array, bias: Array | None, *, gated: bool = False
+    ) -> tuple[Array, Array]:
+        """`x + delta [T, size]`, and its normalisation times `weight [..., size]`."""
+        return norm_linear(
+            x,
+            delta,
+            self.weight[...],
+            weight,
+            bias,
+            epsilon=self.epsilon,
+            gated=gated,
+            implementation=self.implementation,
+        )
+
 
 class Attention(nnx.Module):
     """Grouped-query attention over the paged cache.
@@ -234,10 +249,7 @@ class GatedMLP(nnx.Module):
     in every layout, and its product holds gate and up side by side.
     """
 
-    def __init__(
-        self, config: ModelConfig, num_devices: int, implementation: str | None = None
-    ) -> None:
-        self.implementation = implementation
+    def __init__(self, config: ModelConfig, num_devices: int) -> None:
         hidden, size = config.hidden_size, config.intermediate_size // num_devices
         self.gate_up = parameter(num_devices, 2, size, hidden, axis="ffn")
         self.down = parameter(config.intermediate_size, hidden, axis="ffn")
@@ -245,11 +257,11 @@ class GatedMLP(nnx.Module):
         self.gate_up_bias = parameter(num_devices, 2, size, axis="ffn") if bias else None
         self.down_bias = parameter(hidden) if bias else None
 
-    def __call__(self, x: Array, layout: MeshLayout) -> Array:
-        """`x [T, hidden]` to the same shape."""
+    def __call__(
+        self, x: Array, delta: Array, norm: RMSNorm, layout: MeshLayout
+    ) -> tuple[Array, Array]:
+        """`x` and `delta [T, hidden]` to their sum, and the feed-forward of its norm."""
         bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
-        activated = gated_linear_unit(
-            x, self.gate_up[...], bias, implementation=self.implementation
-        )
+        x, activated = norm.linear(x, delta, self.gate_up[...], bias, gated=True)
         out = layout.reduce(activated @ self.down[...])
-        return out if self.down_bias is None else out + self.down_bias[...]
+        return x, out if self.down_bias is None else out + self.down_bias[...]

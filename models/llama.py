@@ -40,7 +40,7 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = RMSNorm(size, epsilon, implementation)
         self.attention = Attention(config, sliding_window, groups, implementation)
         self.mlp_norm = RMSNorm(size, epsilon, implementation)
-        self.mlp = GatedMLP(config, num_devices, implementation)
+        self.mlp = GatedMLP(config, num_devices)
 
     def __call__(
         self,
@@ -55,8 +55,8 @@ class DecoderLayer(nnx.Module):
         """`x` and `delta [T/SP, hidden]` of this layer to those of the next, with its caches."""
         x, normed = self.attention_norm.after_add(x, delta)
         delta, k_cache, v_cache = self.attention(normed, rope, batch, k_cache, v_cache, layout)
-        x, normed = self.mlp_norm.after_add(x, delta)
-        return x, self.mlp(normed, layout), k_cache, v_cache
+        x, delta = self.mlp(x, delta, self.mlp_norm, layout)
+        return x, delta, k_cache, v_cache
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.
