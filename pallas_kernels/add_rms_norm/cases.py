@@ -31,7 +31,7 @@ def _case(name: str, tokens: int, hidden: int, tags: str = "ci", **more) -> Case
 
 
 CASES = (
-    _case("llama_8b_b1", 1, 4096, "ci bench"),
+    _case("llama_8b_b1", 1, 4096),
     _case("smollm2_135m", 3, 576, race_detection=True),
     _case("qwen2_05b", 2, 896),
     _case("qwen3_06b", 5, 1024, race_detection=True),
@@ -40,11 +40,11 @@ CASES = (
     _case("qwen3_fp32", 2, 1024, dtype="float32"),
     _case("hidden_100", 2, 100),
     _case("hidden_32k", 1, 32768),
-    _case("llama_8b_b64", 64, 4096, "bench"),
-    _case("llama_8b_b256", 256, 4096, "bench"),
     _case("llama_8b_8k", 8192, 4096, "bench"),
     _case("smollm2_135m_8k", 8192, 576, "bench"),
     _case("llama_70b_8k", 8192, 8192, "bench"),
+    _case("llama_8b_b256", 256, 4096, "bench"),
+    _case("llama_8b_b64", 64, 4096, "bench"),
 )
 
 
