@@ -126,7 +126,7 @@ def bucket_ladder(
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
-Decode steps come in a ladder of sequences, mixed steps in a ladder of tokens, and two shapes
+    Decode steps come in a ladder of sequences, mixed steps in a ladder of tokens, and two shapes
     have rows of logits for many tokens (prompt log-probabilities).
 
     Args:
