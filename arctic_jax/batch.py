@@ -75,11 +75,6 @@ class ScheduledBatch:
         return sum(r.num_rows for r in self.requests)
 
     @functools.cached_property
-    def draws(self) -> bool:
-        """Whether anything but the likeliest tokens is wanted; see `Bucket`."""
-        return any(not p.request.params.plain or p.request.wants_prompt_rows for p in self.requests)
-
-    @functools.cached_property
     def max_query_len(self) -> int:
         """Most tokens of one request."""
         return max(r.num_tokens for r in self.requests)
@@ -94,15 +89,12 @@ class Bucket:
         num_rows: R, rows of logits.
         num_seqs: S, sequences.
         max_query_len: most tokens of one sequence; 1 for a decode step, where T == S == R.
-        draws: whether tokens are drawn, logits adjusted or log-probabilities reported; without it
-            a step takes the likeliest tokens, and the host need not wait for any decision in it.
     """
 
     num_tokens: int
     num_rows: int
     num_seqs: int
     max_query_len: int
-    draws: bool = True
 
     def fits(self, batch: ScheduledBatch) -> bool:
         """Whether the batch can be padded to this shape."""
@@ -111,7 +103,6 @@ class Bucket:
             and batch.num_rows <= self.num_rows
             and len(batch.requests) <= self.num_seqs
             and batch.max_query_len <= self.max_query_len
-            and (self.draws or not batch.draws)
         )
 
     @staticmethod
@@ -135,8 +126,8 @@ def bucket_ladder(
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
-    Decode steps come in a ladder of sequences, with and without draws; mixed steps in a ladder of
-    tokens, and two shapes have rows of logits for many tokens (prompt log-probabilities).
+    Decode steps come in a ladder of sequences, mixed steps in a ladder of tokens, and two shapes
+    have rows of logits for many tokens (prompt log-probabilities).
 
     Args:
         max_num_seqs: sequences that run at once.
@@ -155,7 +146,7 @@ def bucket_ladder(
         if n <= max_num_batched_tokens
     }
     seqs = max(decode)
-    ladder = {Bucket(n, n, n, 1, draws) for n in decode for draws in (False, True)}
+    ladder = {Bucket(n, n, n, 1) for n in decode}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
     ladder |= {
         Bucket(n, max_prompt_rows + seqs, seqs, n) for n in (up(max_prompt_rows), max(mixed))

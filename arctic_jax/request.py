@@ -185,16 +185,6 @@ class SamplingParams:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature == 0
-
-    @functools.cached_property
-    def plain(self) -> bool:
-        """Whether only the likeliest tokens are wanted, and nothing is reported of them."""
-        return self.greedy and not self.adjusts_logits and self.logprobs is None
-
     @functools.cached_property
     def adjusts_logits(self) -> bool:
         """Whether logits depend on earlier tokens or on lists of tokens."""

@@ -157,10 +157,7 @@ class ProgramCache:
             token_ids = jnp.where(known, batch.token_ids, drawn)
             batch = dataclasses.replace(batch, token_ids=token_ids)
             logits, cache = model(batch, cache, layout)
-            if bucket.draws:
-                output, state = sampler.sample(logits, batch, state, self._max_logprobs)
-            else:
-                output = sampler.most_likely(logits, self._max_logprobs)
+            output, state = sampler.sample(logits, batch, state, self._max_logprobs)
             # An update in place of `before` makes XLA's CPU compiler crash on several devices.
             rows = jnp.pad(output.pack(), ((0, self._max_rows - bucket.num_rows), (0, 0)))
             return cache, state, rows

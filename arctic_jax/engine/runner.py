@@ -147,7 +147,7 @@ class ModelRunner:
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start a step; its results are still on their way."""
-        for part in scheduled.requests if scheduled.draws else ():
+        for part in scheduled.requests:
             row = self._rows.changed(part.request) if part.samples else None
             if row is not None:
                 self.state = self.programs.set_row(self.state, part.request.slot, *row)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from arctic_jax.batch import ForwardBatch, StepOutput
 from arctic_jax.engine import sampler
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
+from arctic_jax.pallas_kernels.sampling import reference
 
 DRAWS, VOCAB = 4096, 12
 NEUTRAL: dict[str, Any] = {
@@ -249,15 +250,12 @@ def test_penalties_tell_prompt_from_output() -> None:
     seen[1] = [0, IN_PROMPT, 3, 0, IN_PROMPT, IN_PROMPT | 2]
     bias = np.zeros((2, 6), np.float32)
     bias[1] = [0, 0, 0, 0.5, 0, -1]
-    state = SamplerState(jnp.asarray(seen), jnp.asarray(bias))
-    penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.25, "repetition_penalty": 1.5}
-    batch = make_batch([{"state_row": 1, **penalties}], [0])
-    adjusted = sampler._adjust(jnp.asarray(logits), batch, state, batch.state_row)
+    adjusted = reference.adjust(jnp.asarray(logits[0]), seen[1], bias[1], 1.5, 0.25, 0.7)
     repeated = [2, 2 / 1.5, 2 / 1.5, -2, -2 * 1.5, -2 * 1.5]
     presence = np.array([0, 0, 0.7, 0, 0, 0.7])
     frequency = np.array([0, 0, 0.75, 0, 0, 0.5])
     expected = np.array(repeated) - presence - frequency + bias[1]
-    np.testing.assert_allclose(adjusted[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(adjusted, expected, rtol=1e-6)
 
 
 def test_penalties_come_before_temperature() -> None:

@@ -39,12 +39,16 @@ def unsupported(operation, case):
     return op.mosaic_gpu_unsupported(*jax.eval_shape(arrays), **keywords)
 
 
-CASES = [
-    pytest.param(operation, case, id=f"{operation}-{case.name}")
-    for operation in OPERATIONS
-    for case in modules(operation)[2].CASES
-    if "ci" in case.tags
-]
+def tagged(*tags):
+    return [
+        pytest.param(operation, case, id=f"{operation}-{case.name}")
+        for operation in OPERATIONS
+        for case in modules(operation)[2].CASES
+        if case.tags & set(tags)
+    ]
+
+
+CASES = tagged("ci")
 
 
 def check(operation, case, implementation, poison, seed=1):
@@ -95,7 +99,7 @@ def test_mosaic_lowers_for_cuda(operation, case, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(("operation", "case"), CASES)
+@pytest.mark.parametrize(("operation", "case"), tagged("ci", "gpu"))
 def test_mosaic_on_the_gpu(operation, case, seed):
     if reason := dispatch.mosaic_gpu_unavailable():
         pytest.skip(reason)
