@@ -89,8 +89,8 @@ def kv_cache_update(
     norms = {"q_norm": q_norm if r else None, "k_norm": k_norm}
     norms = {name: norm for name, norm in norms.items() if norm is not None}
     mesh = plgpu.Mesh(
-        grid=(L, G // groups, -(-T // tokens)),
-        grid_names=("layer", "group", "tile"),
+        grid=(-(-T // tokens), G // groups, L),  # in the order of the memory that is read
+        grid_names=("tile", "group", "layer"),
         kernel_name="kv_cache_update",
     )
 

@@ -5,9 +5,9 @@ split of the context: it brings tiles of keys and values in by TMA, one copy a b
 and keeps a running softmax over them for the query rows of its head group. The rows are padded to
 the 64 that a wgmma has; the tensor cores have time for that while the memory system is the limit.
 
-The splits of a context are one cluster of thread blocks. Each leaves its result in global memory,
-where it stays in the L2 cache; when all have arrived at the cluster's barrier, each merges some of
-the rows. No state outlives the launch, so there is nothing to reset when it is replayed.
+Where a context is split, a second launch merges the results. (Thread blocks that merge among
+themselves would have to be one cluster, which leaves multiprocessors idle, or count arrivals in
+memory that someone has to clear.)
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS = 64  # query rows of a thread block, the M of one wgmma
 SMEM_BYTES = 227 * 1024  # what one thread block may have
 SMS = 132
+MAX_SPLITS = 64  # the merge of a row keeps them all in flight
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row without any key yields 0 and not NaN
 
@@ -34,8 +35,7 @@ class Config:
     Attributes:
         tile: keys a step.
         stages: steps whose keys and values are in shared memory or on their way.
-        splits: thread blocks that share the context of one sequence and head, at most 16: the
-            largest cluster that a Hopper GPU takes.
+        splits: thread blocks that share the context of one sequence and head.
     """
 
     tile: int
@@ -47,8 +47,8 @@ class Config:
             raise ValueError(f"{self.tile=} must be 64, 128 or 256")
         if self.stages < 1:
             raise ValueError(f"{self.stages=} must be positive")
-        if self.splits not in (1, 2, 4, 8, 16):
-            raise ValueError(f"{self.splits=} must be 1, 2, 4, 8 or 16")
+        if not 1 <= self.splits <= MAX_SPLITS:
+            raise ValueError(f"{self.splits=} must be between 1 and {MAX_SPLITS}")
 
 
 def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size: int) -> Config:
@@ -60,8 +60,8 @@ def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size:
     (each share costs a partial result that must be merged).
     """
     items, keys = S * KV, blocks_per_sequence * block_size
-    splits = min(2 * SMS // items, keys // 256, 16)
-    return Config(64, 2, 1 << max(splits, 1).bit_length() - 1)
+    splits = min(-(-2 * SMS // items), keys // 256, MAX_SPLITS)
+    return Config(64, 2, max(splits, 1))
 
 
 def unsupported(q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct) -> str | None:
@@ -124,12 +124,11 @@ def decode(
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
         rows = rows.reshape(S, KV * stride, D)
 
-    out_type = [jax.ShapeDtypeStruct((T, H, D), q.dtype)]
-    if splits > 1:
-        out_type += [
-            jax.ShapeDtypeStruct((S, KV, splits, Q * G, D), jnp.float32),
-            jax.ShapeDtypeStruct((S, KV, splits, ROWS), jnp.float32),
-        ]
+    out_type = jax.ShapeDtypeStruct((T, H, D), q.dtype)
+    partial_type = [
+        jax.ShapeDtypeStruct((S, KV, splits, Q * G, D), jnp.float32),
+        jax.ShapeDtypeStruct((S, KV, splits, ROWS), jnp.float32),
+    ]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     copies = config.tile // block_size
     scratch = {
@@ -150,7 +149,6 @@ def decode(
         "q_barrier": plgpu.Barrier(),
         "k_barriers": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
         "v_barriers": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
-        "splits_barrier": plgpu.ClusterBarrier(collective_axes=("split",)) if splits > 1 else None,
     }
     body = functools.partial(
         _decode_body,
@@ -162,19 +160,27 @@ def decode(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
     )
-    out, *_ = plgpu.kernel(
+    outputs = plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=[out_type] if splits == 1 else partial_type,
         scratch_types=scratch,
-        grid=(KV, S),
-        grid_names=("head", "sequence"),
-        cluster=(splits,),
-        cluster_names=("split",),
+        grid=(splits, KV, S),
+        grid_names=("split", "head", "sequence"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
         kernel_name="paged_attention_decode",
     )(rows, k_cache, v_cache, block_tables, query_start_loc, seq_lens)
-    return out
+    if splits == 1:
+        return outputs[0]
+    return plgpu.kernel(
+        functools.partial(_merge_body, group=G, row_stride=stride),
+        out_type=out_type,
+        grid=(Q * G, KV, S),
+        grid_names=("row", "head", "sequence"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+        kernel_name="paged_attention_merge",
+    )(*outputs, query_start_loc)
 
 
 def _decode_body(
@@ -184,9 +190,8 @@ def _decode_body(
     tables_gmem,  # [S, B]
     starts_gmem,  # [S + 1]
     lens_gmem,  # [S]
-    out_gmem,  # [T, H, D]
-    splits_gmem=None,  # [S, KV, splits, Q * G, D], the results of the splits if there are several
-    lse_gmem=None,  # [S, KV, splits, ROWS], the logarithms of their sums
+    out_gmem,  # [T, H, D], or [S, KV, splits, Q * G, D] if there are several splits
+    lse_gmem=None,  # [S, KV, splits, ROWS], the logarithms of their sums of exponentials
     *,
     config: Config,
     group: int,
@@ -202,7 +207,6 @@ def _decode_body(
     q_barrier,
     k_barriers,
     v_barriers,
-    splits_barrier,
 ):
     (k_smem, v_smem), out_smem = tiles_smem
     D, block_size, _B = q_gmem.shape[2], k_gmem.shape[2], tables_gmem.shape[1]
@@ -222,8 +226,7 @@ def _decode_body(
     )
 
     length = lens_gmem[sequence]
-    start = starts_gmem[sequence]
-    query_len = 1 if queries == 1 else starts_gmem[sequence + 1] - start
+    start, query_len = _queries(sequence, starts_gmem, queries)
     last_tile = lax.div(length + (tile - 1), tile)
     first_tile = 0
     if sliding_window is not None:
@@ -331,7 +334,7 @@ def _decode_body(
     row_sum = jnp.maximum(row_sum, 1e-30)
     acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
     out_smem[...] = acc.astype(out_smem.dtype)
-    if splits_gmem is None or lse_gmem is None:
+    if lse_gmem is None:
         plgpu.commit_smem()
         for i in range(queries):
 
@@ -342,34 +345,53 @@ def _decode_body(
                     out_gmem.at[start + i, pl.ds(head * group, group)],
                 )
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        return
+    else:
+        lse_smem[...] = row_max + jnp.log2(row_sum)
+        plgpu.commit_smem()
+        mine = out_smem.at[pl.ds(offset, queries * group)]
+        plgpu.copy_smem_to_gmem(mine, out_gmem.at[sequence, head, split])
+        plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[sequence, head, split])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    lse_smem[...] = row_max + jnp.log2(row_sum)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-        out_smem.at[pl.ds(offset, queries * group)], splits_gmem.at[sequence, head, split]
-    )
-    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[sequence, head, split])
-    plgpu.wait_smem_to_gmem(0)  # until it is in L2, past which TMA does not cache
-    plgpu.barrier_arrive(splits_barrier)
-    plgpu.barrier_wait(splits_barrier)
 
-    # Each split is normalized by itself; its weight is its share of the sum of exponentials.
-    rows = -(-queries * group // config.splits)
-    for row in (split * rows + i for i in range(rows)):
+def _queries(sequence, starts_gmem, queries):
+    """Return the first row and the number of a sequence's queries, of at most `queries`."""
+    if queries == 1:
+        return sequence, 1  # an empty slot has a row too, which must be finite
+    start = starts_gmem[sequence]
+    return start, starts_gmem[sequence + 1] - start
 
-        @pl.when(row < query_len * group)
-        def _(row=row):
-            lse = [lse_gmem[sequence, head, i, offset + row] for i in range(config.splits)]
-            largest = functools.reduce(jnp.maximum, lse)
-            weights = [jnp.exp2(x - largest) for x in lse]
-            total = functools.reduce(jnp.add, weights)
-            results = [
-                plgpu.load(splits_gmem.at[sequence, head, i, row], layout=by_row, optimized=False)
-                * (weight / total)
-                for i, weight in enumerate(weights)
-            ]
-            query, head_in_group = lax.div(row, group), lax.rem(row, group)
-            merged = functools.reduce(jnp.add, results).astype(out_gmem.dtype)
-            out_gmem[start + query, head * group + head_in_group] = merged
+
+def _merge_body(
+    splits_gmem,  # [S, KV, splits, Q * G, D], each normalized by itself
+    lse_gmem,  # [S, KV, splits, ROWS]
+    starts_gmem,  # [S + 1]
+    out_gmem,  # [T, H, D]
+    *,
+    group: int,
+    row_stride: int,
+):
+    splits, D = splits_gmem.shape[2], splits_gmem.shape[4]
+    row, head = lax.axis_index("row"), lax.axis_index("head")
+    sequence = lax.axis_index("sequence")
+    start, query_len = _queries(sequence, starts_gmem, splits_gmem.shape[3] // group)
+    query, head_in_group = lax.div(row, group), lax.rem(row, group)
+
+    @pl.when(query < query_len)
+    def _():
+        # The weight of a split is its share of the sum of exponentials.
+        offset = lax.rem(head * row_stride, 8)
+        lse = [lse_gmem[sequence, head, split, offset + row] for split in range(splits)]
+        largest = functools.reduce(jnp.maximum, lse)
+        weights = [jnp.exp2(x - largest) for x in lse]
+        total = functools.reduce(jnp.add, weights)
+        layout = (
+            plgpu.Layout.WG_STRIDED((D,), D // 128) if D >= 128 else plgpu.Layout.WGMMA.reduce(1)
+        )
+        results = [
+            plgpu.load(splits_gmem.at[sequence, head, split, row], layout=layout, optimized=False)
+            * (weight / total)
+            for split, weight in enumerate(weights)
+        ]
+        merged = functools.reduce(jnp.add, results).astype(out_gmem.dtype)
+        out_gmem[start + query, head * group + head_in_group] = merged
