@@ -66,11 +66,11 @@ CASES = (
     _case("decode_llama_8b_b64", 64, LLAMA_8B, 512, "bench"),
     _case("decode_llama_8b_b256", 256, LLAMA_8B, 512, "bench"),
     _case("decode_qwen3_8b_b64", 64, QWEN3_8B, 512, "bench", norm=True),
-    _case("decode_16_layers_b64", 64, LLAMA_8B_KV, 128, "bench", layers=16),
+    _case("decode_16_layers_b64", 64, LLAMA_8B_KV, 16, "bench", layers=16),
     _case("chunk_llama_8b_8k", 8192, LLAMA_8B, 512, "bench", contiguous=True),
     _case("chunk_qwen3_8b_8k", 8192, QWEN3_8B, 512, "bench", contiguous=True, norm=True),
     _case("chunk_smollm2_8k", 8192, SMOLLM2_135M, 512, "bench", contiguous=True),
-    _case("chunk_16_layers_8k", 8192, LLAMA_8B_KV, 256, "bench", layers=16, contiguous=True),
+    _case("chunk_16_layers_8k", 8192, LLAMA_8B_KV, 130, "bench", layers=16, contiguous=True),
 )
 
 

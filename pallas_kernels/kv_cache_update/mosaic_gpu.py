@@ -16,8 +16,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-SMS = 132
-TILE_BYTES = 48 * 1024  # of shared memory: four thread blocks on a multiprocessor
+TOKENS = 4  # of a thread block: one a warp
+MAX_TILES = 65535  # what the slowest dimension of a grid may have
+TILE_BYTES = 6 * 1024  # below, thread blocks are too small to be worth their start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,31 +26,24 @@ class Config:
     """Sizes of the update kernel.
 
     Attributes:
-        tokens: of a thread block; a multiple of 4, since each warp takes whole rows.
         groups: key/value heads of a thread block.
     """
 
-    tokens: int
     groups: int
 
     def __post_init__(self):
-        if self.tokens < 4 or self.tokens % 4 or self.groups < 1:
-            raise ValueError(f"{self.tokens=} must be a multiple of 4, {self.groups=} positive")
+        if self.groups < 1:
+            raise ValueError(f"{self.groups=} must be positive")
 
 
-def choose_config(T: int, G: int, L: int, group_bytes: int) -> Config:
-    """Return the sizes for `T` tokens of `group_bytes` in each group and layer.
+def choose_config(G: int, group_bytes: int) -> Config:
+    """Return the sizes for `G` groups that have `group_bytes` a token in one layer.
 
-    Small tiles while there are few of them, so that every multiprocessor has one.
+    What measured best on an H200, for one token and for 8,192: thread blocks as small as is sound.
     """
-    sizes = [
-        Config(tokens, groups)
-        for tokens in (16, 8, 4)
-        for groups in range(G, 0, -1)
-        if G % groups == 0 and tokens * groups * group_bytes <= TILE_BYTES
-    ] or [Config(4, 1)]
-    enough = (c for c in sizes if -(-T // c.tokens) * (G // c.groups) * L >= SMS)
-    return next(enough, Config(4, 1))
+    divisors = (groups for groups in range(1, G + 1) if G % groups == 0)
+    enough = (groups for groups in divisors if TOKENS * groups * group_bytes >= TILE_BYTES)
+    return Config(next(enough, G))
 
 
 def unsupported(qkv: jax.ShapeDtypeStruct, cache: jax.ShapeDtypeStruct) -> str | None:
@@ -61,6 +55,8 @@ def unsupported(qkv: jax.ShapeDtypeStruct, cache: jax.ShapeDtypeStruct) -> str |
         return f"the cache is {qkv.dtype}, not a 16- or 32-bit float"
     if D % 64 or D > 256:
         return f"head_dim {D} is not 64, 128, 192 or 256"
+    if qkv.shape[0] > TOKENS * MAX_TILES:
+        return f"{qkv.shape[0]} tokens are more than {TOKENS * MAX_TILES}"
     return None
 
 
@@ -83,13 +79,13 @@ def kv_cache_update(
     """See `op.kv_cache_update`."""
     T, G, L, rows, D = qkv.shape
     r = rows - 2
-    config = config or choose_config(T, G, L, rows * D * qkv.dtype.itemsize)
-    tokens, groups = config.tokens, config.groups
+    config = config or choose_config(G, rows * D * qkv.dtype.itemsize)
+    groups = config.groups
     caches = [jax.new_ref(cache) for cache in (*k_caches, *v_caches)]
     norms = {"q_norm": q_norm if r else None, "k_norm": k_norm}
     norms = {name: norm for name, norm in norms.items() if norm is not None}
     mesh = plgpu.Mesh(
-        grid=(-(-T // tokens), G // groups, L),  # in the order of the memory that is read
+        grid=(-(-T // TOKENS), G // groups, L),  # in the order of the memory that is read
         grid_names=("tile", "group", "layer"),
         kernel_name="kv_cache_update",
     )
@@ -98,7 +94,7 @@ def kv_cache_update(
         weights = dict(zip(norms, refs, strict=False))
         written = refs[len(weights) :]
         tile = functools.partial(plgpu.SMEM, dtype=qkv.dtype)
-        angles = plgpu.SMEM((tokens, D // 2), jnp.float32)
+        angles = plgpu.SMEM((TOKENS, D // 2), jnp.float32)
         pl.run_scoped(
             functools.partial(
                 _body,
@@ -113,9 +109,9 @@ def kv_cache_update(
                 epsilon=epsilon,
                 config=config,
             ),
-            q_smem=tile((tokens, groups, r, D)) if r else None,
-            k_smem=tile((tokens, groups, D)),
-            v_smem=tile((tokens, groups, D)),
+            q_smem=tile((TOKENS, groups, r, D)) if r else None,
+            k_smem=tile((TOKENS, groups, D)),
+            v_smem=tile((TOKENS, groups, D)),
             cos_smem=angles,
             sin_smem=angles,
             barrier=plgpu.Barrier(num_arrivals=5 if r else 4),
@@ -159,8 +155,8 @@ def _body(
     T, _, _, rows, D = qkv_gmem.shape
     r, half, block_size = rows - 2, D // 2, k_caches_gmem[0].shape[2]
     layer = lax.axis_index("layer")
-    first = lax.axis_index("tile") * config.tokens
-    tokens = pl.ds(first, config.tokens)  # past the last token TMA reads zeros and writes nothing
+    first = lax.axis_index("tile") * TOKENS
+    tokens = pl.ds(first, TOKENS)  # past the last token TMA reads zeros and writes nothing
     mine = pl.ds(lax.axis_index("group") * config.groups, config.groups)
     if r:
         plgpu.copy_gmem_to_smem(qkv_gmem.at[tokens, mine, layer, pl.ds(0, r)], q_smem, barrier)
@@ -170,31 +166,27 @@ def _body(
     plgpu.copy_gmem_to_smem(sin_gmem.at[tokens], sin_smem, barrier)
     slots = [
         jnp.where(first + i < T, slots_gmem[jnp.minimum(first + i, T - 1)], -1)
-        for i in range(config.tokens)
+        for i in range(TOKENS)
     ]
 
-    # Four tokens at a time, one a warp; the lanes lie along D, so that no two meet in a bank.
+    # One token a warp, the lanes along D: no two of them meet in a bank.
     vector = math.gcd(half // 32, 4)
     by_token = plgpu.Layout.TILED(
         plgpu.Tiling(((4, 32 * vector), (vector,))), (-3,), (-2,), vector_dim=-1
     )
     load = functools.partial(plgpu.load, layout=by_token, optimized=False)
 
-    def along_tokens(vector):
-        shape = (config.tokens, half)
-        return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [0]), by_token)
+    def spread(x, axis):
+        """Repeat a vector along the other axis of `[TOKENS, half]`."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (TOKENS, half), [axis]), by_token)
 
-    def along_half(name, begin):
-        weight = plgpu.load(
-            norms_gmem[name].at[layer, pl.ds(begin, half)],
-            layout=by_token.reduce(0),
-            optimized=False,
-        )
-        shape = (config.tokens, half)
-        weight = lax.broadcast_in_dim(weight.astype(jnp.float32), shape, [1])
-        return plgpu.layout_cast(weight, by_token)
+    def weight_halves(norm_gmem):
+        for begin in (0, half):
+            weight = norm_gmem.at[layer, pl.ds(begin, half)]
+            weight = plgpu.load(weight, layout=by_token.reduce(0), optimized=False)
+            yield spread(weight.astype(jnp.float32), 1)
 
-    weights = {name: (along_half(name, 0), along_half(name, half)) for name in norms_gmem}
+    weights = {name: tuple(weight_halves(norm)) for name, norm in norms_gmem.items()}
     plgpu.barrier_wait(barrier)
     cos, sin = load(cos_smem), load(sin_smem)
 
@@ -202,7 +194,7 @@ def _body(
         x, y = load(low).astype(jnp.float32), load(high).astype(jnp.float32)
         if norm in weights:
             mean = (x * x + y * y).sum(axis=1) * (1 / D)
-            scale = along_tokens(lax.rsqrt(mean + epsilon))
+            scale = spread(lax.rsqrt(mean + epsilon), 0)
             x, y = x * scale * weights[norm][0], y * scale * weights[norm][1]
         low[...] = (x * cos - y * sin).astype(k_smem.dtype)
         high[...] = (y * cos + x * sin).astype(k_smem.dtype)

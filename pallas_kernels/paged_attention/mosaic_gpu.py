@@ -54,13 +54,14 @@ class Config:
 def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size: int) -> Config:
     """Return the sizes for a batch of `S` sequences, from static shapes alone.
 
-    What measured best on an H200: few stages, so that at least two thread blocks fit on a
-    multiprocessor and hide each other's latencies. A context is split until every multiprocessor
-    has two; and, for lengths that differ, into shares of `keys` while there are few thread blocks
-    (each share costs a partial result that must be merged).
+    What measured best on an H200: few stages, so that two thread blocks fit on a multiprocessor and
+    hide each other's latencies. A context is split until every multiprocessor has a thread block;
+    and, for lengths that differ, where the block tables have room for long ones (each split costs a
+    thread block even where it finds nothing to do).
     """
     items, keys = S * KV, blocks_per_sequence * block_size
-    splits = min(-(-2 * SMS // items), keys // 256, MAX_SPLITS)
+    by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items, 4)
+    splits = min(max(round(SMS / items), by_length), keys // 256, MAX_SPLITS)
     return Config(64, 2, max(splits, 1))
 
 
