@@ -61,7 +61,7 @@ def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size:
     """
     items, keys = S * KV, blocks_per_sequence * block_size
     by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items, 4)
-    splits = min(max(round(SMS / items), by_length), keys // 256, MAX_SPLITS)
+    splits = min(max(round(SMS / items), by_length), keys // 128, MAX_SPLITS)
     return Config(64, 2, max(splits, 1))
 
 
