@@ -5,9 +5,9 @@ split of the context: it brings tiles of keys and values in by TMA, one copy a b
 and keeps a running softmax over them for the query rows of its head group. The rows are padded to
 the 64 that a wgmma has; the tensor cores have time for that while the memory system is the limit.
 
-Where a context is split, a second launch merges the results. (Thread blocks that merge among
-themselves would have to be one cluster, which leaves multiprocessors idle, or count arrivals in
-memory that someone has to clear.)
+Where a context is split, a second launch merges the results. Thread blocks that merge among
+themselves would have to be one cluster, which was slower (it leaves multiprocessors idle), or count
+their arrivals in memory that someone has to clear.
 """
 
 import dataclasses
@@ -120,7 +120,8 @@ def decode(
         rows, stride = q, G
     else:
         stride = -(-Q * G // 8) * 8
-        rows = q[jnp.minimum(query_start_loc[:-1, None] + jnp.arange(Q), T - 1)]
+        of_sequence = jnp.minimum(query_start_loc[:-1, None] + jnp.arange(Q), T - 1)
+        rows = q if Q == 1 else q[of_sequence]
         rows = jnp.moveaxis(rows.reshape(S, Q, KV, G, D), 1, 2).reshape(S, KV, Q * G, D)
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
         rows = rows.reshape(S, KV * stride, D)
