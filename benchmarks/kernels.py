@@ -70,7 +70,7 @@ def seconds_per_call(function, following, sets: list[tuple]) -> float:
         few, sets = median_seconds(functools.partial(launches, program, 2), sets)
         many, sets = median_seconds(functools.partial(launches, program, 12), sets)
         seconds = (many - few) / 10
-        if seconds > 4e-4:
+        if seconds > 2.5e-4:
             break
     return seconds / count
 
