@@ -170,10 +170,21 @@ class ParallelConfig:
 
     tensor_parallel_size: int = 1
     ulysses_sequence_parallel_size: int = 1
+    enable_shift_parallel: bool = True
+    """With Ulysses: steps of few tokens split the weights over all devices instead."""
+    shift_parallel_threshold: int | None = None
+    """Most tokens of such a step; `None`: measured at the first start."""
 
     def __post_init__(self) -> None:
         _positive("tensor_parallel_size", self.tensor_parallel_size)
         _positive("ulysses_sequence_parallel_size", self.ulysses_sequence_parallel_size)
+        if self.shift_parallel_threshold is not None:
+            _integer("shift_parallel_threshold", self.shift_parallel_threshold)
+            if self.shift_parallel_threshold < 0:
+                raise ValueError(
+                    "shift_parallel_threshold must not be negative, got "
+                    f"{self.shift_parallel_threshold}"
+                )
 
     @property
     def num_devices(self) -> int:

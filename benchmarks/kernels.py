@@ -4,9 +4,8 @@
 
 Prints device time, bandwidth or arithmetic rate, the fraction of what this GPU was measured to do
 in the same run (a device-to-device copy, an 8192³ bf16 product), and the largest difference from
-the XLA implementation. A time is the slope between a short and a long chain of dependent calls in
-one program, so that the host's share drops out; the calls go round several sets of inputs, together
-larger than the L2 cache.
+the XLA implementation. A call's time is that of the device alone (`seconds_per_call`); the calls go
+round several sets of inputs, together larger than the L2 cache where they are not tiny.
 """
 
 import argparse
@@ -42,8 +41,12 @@ def median_seconds(program, state, repeats: int = 7):
     return statistics.median(times), state
 
 
-def seconds_per_call(function, following, sets: list[tuple], calls: tuple[int, int]) -> float:
-    """Return device seconds of one call, from chains of `calls[0]` and `calls[1]` calls."""
+def seconds_per_call(function, following, sets: list[tuple]) -> float:
+    """Return device seconds of one call, from programs that are a chain of dependent calls.
+
+    The programs are launched without waiting for each other, and each is long enough for the host
+    to stay ahead; the slope between few and many launches leaves out the first one's latency.
+    """
 
     def chain(count, sets):
         output = None
@@ -54,19 +57,22 @@ def seconds_per_call(function, following, sets: list[tuple], calls: tuple[int, i
             output = function(*arguments)
             sets[i % len(sets)] = arguments
         sets[(count - 1) % len(sets)] = following(sets[(count - 1) % len(sets)], output)
-        return sets, output
+        return sets
+
+    def launches(program, count, sets):
+        for _ in range(count):
+            sets = program(sets)
+        return sets
 
     function = jax.jit(function)  # traced once
-    times = []
-    for count in calls:
+    for count in (1, 8, 64, 256):
         program = jax.jit(functools.partial(chain, count), donate_argnums=0)
-        elapsed, (sets, _) = median_seconds(lambda state, p=program: p(state[0]), (sets, None))
-        times.append(elapsed)
-    seconds = (times[1] - times[0]) / (calls[1] - calls[0])
-    wanted = min(int(0.01 / max(seconds, 1e-6)), 500)  # 10 ms, or the host's jitter shows
-    if calls[1] < wanted // 2:
-        return seconds_per_call(function, following, sets, (calls[0], wanted))
-    return seconds
+        few, sets = median_seconds(functools.partial(launches, program, 2), sets)
+        many, sets = median_seconds(functools.partial(launches, program, 12), sets)
+        seconds = (many - few) / 10
+        if seconds > 2.5e-4:
+            break
+    return seconds / count
 
 
 def ceilings() -> dict[str, float]:
@@ -82,7 +88,7 @@ def ceilings() -> dict[str, float]:
     moved, n = 2 * x.nbytes, 8192
     a = jax.random.normal(jax.random.key(1), (n, n), jnp.bfloat16) / n**0.5
     b = jax.random.normal(jax.random.key(2), (n, n), jnp.bfloat16) / n**0.5
-    dot = seconds_per_call(jnp.matmul, replace, [(a, b)], (4, 24))
+    dot = seconds_per_call(jnp.matmul, replace, [(a, b)])
     return {"bytes_per_s": moved / copy, "flop_per_s": 2 * n**3 / dot}
 
 
@@ -112,8 +118,7 @@ def run(operation: str, case, implementations: list[str], ceiling: dict) -> list
         if implementation not in implementations:
             continue
         sets = [cases.inputs(case, seed)[0] for seed in range(copies)]
-        calls = (1, 4) if implementation == "xla" else (4, 28)
-        seconds = seconds_per_call(call, cases.following, sets, calls)
+        seconds = seconds_per_call(call, cases.following, sets)
         pairs = zip(outputs[implementation], outputs["xla"], strict=True)
         by_bytes, by_flops = moved / seconds, flops / seconds
         limits = by_bytes / ceiling["bytes_per_s"], by_flops / ceiling["flop_per_s"]

@@ -68,6 +68,16 @@ def engine_options(
     ulysses_sequence_parallel_size: Annotated[
         int, _option(help="Devices that split the tokens.")
     ] = ParallelConfig.ulysses_sequence_parallel_size,
+    shift_parallel: Annotated[
+        bool,
+        _option(
+            "--shift-parallel/--no-shift-parallel",
+            help="With Ulysses: steps of few tokens split the weights over all devices.",
+        ),
+    ] = ParallelConfig.enable_shift_parallel,
+    shift_parallel_threshold: Annotated[
+        int | None, _option(help="Most tokens of such a step; by default measured.")
+    ] = None,
     implementation: Annotated[
         str | None, _option(help="Of every kernel: xla or mosaic_gpu; by default the best here.")
     ] = LoadConfig.implementation,
@@ -78,6 +88,7 @@ def engine_options(
     """Return the options under the names `LLM(...)` takes."""
     keywords = dict(locals())
     keywords["enable_prefix_caching"] = keywords.pop("prefix_caching")
+    keywords["enable_shift_parallel"] = keywords.pop("shift_parallel")
     if seed is None:
         del keywords["seed"]
     return keywords

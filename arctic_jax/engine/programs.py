@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,17 @@ class ProgramCache:
         self._set_row = self._set_row_program()
         self._copy = jax.jit(jnp.copy).lower(self._abstract_output()).compile()
 
-    def compile_all(
+    def compile(
         self,
-        layouts: Sequence[MeshLayout],
-        buckets: Sequence[Bucket],
+        steps: Iterable[tuple[MeshLayout, Bucket]],
         num_blocks: int,
         on_compiled: Callable[[], None] = lambda: None,
     ) -> None:
-        """Have a program for every pair, from the store or compiled.
+        """Have a program for every step, from the store or compiled; and for no other.
 
         Loading and XLA's work run on a few threads; tracing is serial.
         """
-        keys = [(layout, bucket, num_blocks) for layout in layouts for bucket in buckets]
+        keys = [(layout, bucket, num_blocks) for layout, bucket in steps]
         found: dict[_Key, Compiled] = {}
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
             for key, program in zip(keys, threads.map(self._load, keys), strict=True):

@@ -84,7 +84,10 @@ class ModelRunner:
         tp, sp = parallel.tensor_parallel_size, parallel.ulysses_sequence_parallel_size
         self.model_config = model_config
         self.mesh = make_mesh(tp, sp, devices)
-        self.layout = ulysses(tp, sp) if sp > 1 else shift(tp, sp)
+        # Where the weights are placed, and then where else they are used.
+        layouts = [ulysses(tp, sp)] if sp > 1 else [shift(tp, sp)]
+        if sp > 1 and parallel.enable_shift_parallel:
+            layouts.append(shift(tp, sp))
         self.max_num_seqs = limits.max_num_seqs
         max_tokens = limits.max_num_batched_tokens
         self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens)
