@@ -126,8 +126,8 @@ def bucket_ladder(
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
-    Decode steps come in powers of two of sequences, mixed steps in powers of two of tokens, and two
-    shapes have rows of logits for many tokens (prompt log-probabilities).
+    Decode steps come in a ladder of sequences, mixed steps in a ladder of tokens, and two shapes
+    have rows of logits for many tokens (prompt log-probabilities).
 
     Args:
         max_num_seqs: sequences that run at once.
@@ -139,8 +139,12 @@ def bucket_ladder(
     def up(n: int) -> int:
         return -(-n // multiple) * multiple
 
-    decode = {up(n) for n in _powers(1, max_num_seqs)}
-    mixed = {up(n) for n in _powers(min(32, max_num_batched_tokens), max_num_batched_tokens)}
+    decode = {up(n) for n in _rungs(1, max_num_seqs, 64)}
+    mixed = {
+        up(n)
+        for n in (64, *_rungs(256, max_num_batched_tokens, 512))
+        if n <= max_num_batched_tokens
+    }
     seqs = max(decode)
     ladder = {Bucket(n, n, n, 1) for n in decode}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
@@ -150,14 +154,17 @@ def bucket_ladder(
     return tuple(sorted(ladder))
 
 
-def _powers(lowest: int, highest: int) -> list[int]:
-    """Return `lowest`, then doubled while it is below `highest`, then `highest`."""
-    ladder = []
-    n = lowest
+def _rungs(lowest: int, highest: int, between: int) -> list[int]:
+    """Return the powers of two times `lowest` up to `highest`, and `highest`.
+
+    From `between` on there is a rung between two powers, so that at most a third is padding. Below,
+    a step's time hardly depends on its tokens: the weights must be read anyhow.
+    """
+    rungs, n = [], lowest
     while n < highest:
-        ladder.append(n)
+        rungs += [n, n * 3 // 2] if n >= between else [n]
         n *= 2
-    return [*ladder, highest]
+    return [*(rung for rung in rungs if rung < highest), highest]
 
 
 @functools.partial(

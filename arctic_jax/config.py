@@ -211,8 +211,8 @@ class SchedulerConfig:
     """Requests that run at once; `None`: 256, on a CPU 16."""
     max_num_batched_tokens: int | None = None
     """Tokens of one step, prompts and decode together; `None`: 8192, on a CPU 1024."""
-    max_num_prefill_tokens: int | None = None
-    """Prompt tokens of one step while other requests generate, so that long prompts do not stall
+    max_num_mixed_tokens: int | None = None
+    """Tokens of one step in which requests generate, so that long prompts of others do not stall
     them; `None`: 2048, on a CPU 256."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_logprobs: int = 20
@@ -220,7 +220,7 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _positive("max_num_seqs", self.max_num_seqs)
         _positive("max_num_batched_tokens", self.max_num_batched_tokens)
-        _positive("max_num_prefill_tokens", self.max_num_prefill_tokens)
+        _positive("max_num_mixed_tokens", self.max_num_mixed_tokens)
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _integer("max_logprobs", self.max_logprobs)
         if self.max_logprobs < 0:
@@ -231,8 +231,8 @@ class SchedulerConfig:
         default = StepLimits(16, 1024, 256) if backend == "cpu" else StepLimits(256, 8192, 2048)
         given = {f.name: getattr(self, f.name) for f in fields(StepLimits)}
         limits = replace(default, **{name: n for name, n in given.items() if n is not None})
-        most = min(limits.max_num_prefill_tokens, limits.max_num_batched_tokens)
-        return replace(limits, max_num_prefill_tokens=most)
+        most = min(limits.max_num_mixed_tokens, limits.max_num_batched_tokens)
+        return replace(limits, max_num_mixed_tokens=most)
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class StepLimits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_num_prefill_tokens: int
+    max_num_mixed_tokens: int
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def main() -> None:
         metavar=("STREAMS", "LEN"),
         help="time between tokens of streams while a long prompt arrives",
     )
-    parser.add_argument("--max-num-prefill-tokens", type=int, default=None)
+    parser.add_argument("--max-num-mixed-tokens", type=int, default=None)
     parser.add_argument("--throughput", type=int, default=None, metavar="REQUESTS")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", default=None, metavar="DIR", help="trace decode steps here")
@@ -60,7 +60,7 @@ def main() -> None:
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
-        max_num_prefill_tokens=args.max_num_prefill_tokens,
+        max_num_mixed_tokens=args.max_num_mixed_tokens,
         enable_prefix_caching=False,
     )
     result: dict[str, Any] = {

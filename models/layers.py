@@ -17,8 +17,10 @@ from jax import Array
 
 from arctic_jax.batch import ForwardBatch
 from arctic_jax.config import ModelConfig, RopeConfig
+from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
+from arctic_jax.pallas_kernels.add_rms_norm.reference import rms_norm
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
-from arctic_jax.pallas_kernels.kv_cache_update.reference import rotate
+from arctic_jax.pallas_kernels.norm_linear import norm_linear
 from arctic_jax.pallas_kernels.paged_attention import paged_attention
 from arctic_jax.shift_parallel import MeshLayout
 
@@ -125,15 +127,39 @@ class Embed(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dimension, computed in float32."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    def __init__(self, size: int, epsilon: float, implementation: str | None = None) -> None:
         self.weight = parameter(size)
         self.epsilon = epsilon
+        self.implementation = implementation
 
     def __call__(self, x: Array) -> Array:
         """Normalise `x [..., size]`."""
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * scale).astype(x.dtype) * self.weight[...]
+        return rms_norm(x, self.weight[...], self.epsilon)
+
+    def after_add(self, x: Array, delta: Array) -> tuple[Array, Array]:
+        """`x + delta [T, size]`, and its normalisation."""
+        return add_rms_norm(
+            x,
+            delta,
+            self.weight[...],
+            epsilon=self.epsilon,
+            implementation=self.implementation,
+        )
+
+    def linear(
+        self, x: Array, delta: Array, weight: Array, bias: Array | None, *, gated: bool = False
+    ) -> tuple[Array, Array]:
+        """`x + delta [T, size]`, and its normalisation times `weight [..., size]`."""
+        return norm_linear(
+            x,
+            delta,
+            self.weight[...],
+            weight,
+            bias,
+            epsilon=self.epsilon,
+            gated=gated,
+            implementation=self.implementation,
+        )
 
 
 class Attention(nnx.Module):
@@ -152,10 +178,9 @@ class Attention(nnx.Module):
         implementation: str | None,
     ) -> None:
         self.head_dim = config.head_dim
-        self.heads_per_group = config.num_attention_heads // groups
         self.sliding_window = sliding_window
         self.implementation = implementation
-        width = (self.heads_per_group + 2) * config.head_dim
+        width = (config.num_attention_heads // groups + 2) * config.head_dim
         size = config.num_attention_heads * config.head_dim
         self.qkv = parameter(groups, width, config.hidden_size, axis="heads")
         self.qkv_bias = parameter(groups, width, axis="heads") if config.qkv_bias else None
@@ -180,24 +205,24 @@ class Attention(nnx.Module):
             qkv = qkv + self.qkv_bias[...]
         qkv = layout.to_heads(qkv)
         tokens, groups, _ = qkv.shape
-        q, k, v = jnp.split(qkv, [-2 * self.head_dim, -self.head_dim], axis=-1)
-        q = q.reshape(tokens, groups * self.heads_per_group, self.head_dim)
+        norms = {}
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        # A weight of 0 does not hide a value that is not finite: a damaged token would reach the
-        # queries before it, and other requests through their common prefix. Its key stays as it is.
-        v = jnp.where(jnp.isfinite(v), v, 0)
-        k_cache, v_cache = kv_cache_update(
-            k,
-            v,
+            norms = {
+                "q_norm": self.q_norm.weight[...][None],
+                "k_norm": self.k_norm.weight[...][None],
+                "epsilon": self.q_norm.epsilon,
+            }
+        q, (k_cache,), (v_cache,) = kv_cache_update(
+            qkv.reshape(tokens, groups, 1, -1, self.head_dim),
             *rope,
-            k_cache,
-            v_cache,
+            (k_cache,),
+            (v_cache,),
             batch.slot_mapping,
+            **norms,
             implementation=self.implementation,
         )
         out = paged_attention(
-            rotate(q, *rope),
+            q,
             k_cache,
             v_cache,
             batch.block_tables,
@@ -230,11 +255,11 @@ class GatedMLP(nnx.Module):
         self.gate_up_bias = parameter(num_devices, 2, size, axis="ffn") if bias else None
         self.down_bias = parameter(hidden) if bias else None
 
-    def __call__(self, x: Array, layout: MeshLayout) -> Array:
-        """`x [T, hidden]` to the same shape."""
-        gate_up = column_parallel(x, self.gate_up[...])
-        if self.gate_up_bias is not None:
-            gate_up = gate_up + self.gate_up_bias[...]
-        activated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        out = layout.reduce(activated.reshape(x.shape[0], -1) @ self.down[...])
-        return out if self.down_bias is None else out + self.down_bias[...]
+    def __call__(
+        self, x: Array, delta: Array, norm: RMSNorm, layout: MeshLayout
+    ) -> tuple[Array, Array]:
+        """`x` and `delta [T, hidden]` to their sum, and the feed-forward of its norm."""
+        bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
+        x, activated = norm.linear(x, delta, self.gate_up[...], bias, gated=True)
+        out = layout.reduce(activated @ self.down[...])
+        return x, out if self.down_bias is None else out + self.down_bias[...]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -21,7 +22,11 @@ from arctic_jax.weights import QKV, Columns, GateUp, Rows, Source
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each with a norm before and a residual around it."""
+    """Attention and feed-forward, each with a norm before and a residual around it.
+
+    The residual stream comes as two arrays, the stream and what is still to be added to it: so that
+    each sum is made together with the norm that follows it, the last one by the next layer.
+    """
 
     def __init__(
         self,
@@ -31,26 +36,27 @@ class DecoderLayer(nnx.Module):
         num_devices: int,
         implementation: str | None,
     ) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        size, epsilon = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RMSNorm(size, epsilon, implementation)
         self.attention = Attention(config, sliding_window, groups, implementation)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(size, epsilon, implementation)
         self.mlp = GatedMLP(config, num_devices)
 
     def __call__(
         self,
         x: Array,
+        delta: Array,
         rope: tuple[Array, Array],
         batch: ForwardBatch,
         k_cache: Array,
         v_cache: Array,
         layout: MeshLayout,
-    ) -> tuple[Array, Array, Array]:
-        """`x [T/SP, hidden]` to the same shape, with the layer's caches after the write."""
-        attended, k_cache, v_cache = self.attention(
-            self.attention_norm(x), rope, batch, k_cache, v_cache, layout
-        )
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), layout), k_cache, v_cache
+    ) -> tuple[Array, Array, Array, Array]:
+        """`x` and `delta [T/SP, hidden]` of this layer to those of the next, with its caches."""
+        x, normed = self.attention_norm.after_add(x, delta)
+        delta, k_cache, v_cache = self.attention(normed, rope, batch, k_cache, v_cache, layout)
+        x, delta = self.mlp(x, delta, self.mlp_norm, layout)
+        return x, delta, k_cache, v_cache
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.
@@ -106,12 +112,13 @@ class LlamaForCausalLM(nnx.Module):
         """Run every layer on every token; return float32 logits `[R, vocab]` and the cache."""
         rope = rotary(self.config.rope, self.config.head_dim, batch.positions)
         x = self.embed(batch.token_ids, layout)
+        delta = jnp.zeros_like(x)
         k_caches, v_caches = list(cache.k), list(cache.v)
         for i, layer in enumerate(self.layers):
-            x, k_caches[i], v_caches[i] = _run_layer(
-                layer, x, rope, batch, k_caches[i], v_caches[i], layout=layout
+            x, delta, k_caches[i], v_caches[i] = _run_layer(
+                layer, x, delta, rope, batch, k_caches[i], v_caches[i], layout=layout
             )
-        x = self.norm(narrow(layout.gather_tokens(x), batch))
+        x = self.norm(narrow(layout.gather_tokens(x + delta), batch))
         logits = (self.lm_head or self.embed).logits(x, layout)
         return logits, KVCache(k=tuple(k_caches), v=tuple(v_caches))
 

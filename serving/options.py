@@ -46,8 +46,8 @@ def engine_options(
     max_num_batched_tokens: Annotated[
         int | None, _option(help="Tokens of one step, prompts and decode together.")
     ] = None,
-    max_num_prefill_tokens: Annotated[
-        int | None, _option(help="Prompt tokens of one step while other requests generate.")
+    max_num_mixed_tokens: Annotated[
+        int | None, _option(help="Tokens of one step in which requests generate.")
     ] = None,
     block_size: Annotated[
         int, _option(help="Tokens of one block of the key/value cache.")

@@ -17,7 +17,7 @@ COUNTS = (
     "num_blocks",
     "max_num_seqs",
     "max_num_batched_tokens",
-    "max_num_prefill_tokens",
+    "max_num_mixed_tokens",
 )
 
 

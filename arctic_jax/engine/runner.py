@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arctic_jax import weights
 from arctic_jax.batch import (
@@ -25,6 +25,7 @@ from arctic_jax.batch import (
     ScheduledBatch,
     StepOutput,
     bucket_ladder,
+    packed_size,
 )
 from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
 from arctic_jax.engine import program_store
@@ -140,6 +141,9 @@ class ModelRunner:
             model_config.vocab_size,
         )
         self._rows = _SamplerRows(model_config.vocab_size)
+        decode = [bucket for bucket in self.buckets if bucket.max_query_len == 1]
+        largest = max(packed_size(bucket, self.max_blocks_per_seq) for bucket in decode)
+        self._guards = _set_room_aside(4 * max(largest, self._output.size), self.mesh)
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start a step; its results are still on their way."""
@@ -210,6 +214,25 @@ class ModelRunner:
         # Stored programs have this number in their shapes, and free memory differs a little from
         # start to start.
         return min(most, budget // per_device // 64 * 64)
+
+
+def _set_room_aside(size: int, mesh: Mesh) -> list[jax.Array]:
+    """Leave holes of `size` bytes in the devices' memory; return what keeps them apart.
+
+    Every step allocates an array for its input and one for its output. The allocator takes the
+    smallest free piece that is large enough. Without these holes that can be a part of where the
+    step's intermediate results lay, which then move, and the host must change every node of the
+    step's CUDA graph.
+    """
+    if mesh.devices.flat[0].platform != "gpu" or os.environ.get("NOHOLES"):
+        return []
+    replicated = NamedSharding(mesh, PartitionSpec())
+    holes, guards = [], []
+    for _ in range(8):
+        holes.append(jax.device_put(np.zeros(size, np.uint8), replicated))
+        guards.append(jax.device_put(np.zeros(1, np.uint8), replicated))
+    jax.block_until_ready((holes, guards))
+    return guards
 
 
 class _SamplerRows:

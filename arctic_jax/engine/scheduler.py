@@ -77,8 +77,8 @@ class Scheduler:
         """Choose the next step's tokens and allocate their blocks; empty if there are none."""
         chosen: list[ScheduledRequest] = []
         tokens, rows = self.limits.max_num_batched_tokens, self.max_prompt_rows
-        generating = any(r.num_tokens == r.num_computed_tokens + 1 for r in self.running)
-        prefill = self.limits.max_num_prefill_tokens if generating else tokens
+        generating = sum(r.num_tokens == r.num_computed_tokens + 1 for r in self.running)
+        prefill = max(self.limits.max_num_mixed_tokens - generating, 1) if generating else tokens
         preempted = False
 
         i = 0

@@ -20,38 +20,65 @@ class Case:
     name: str
     tags: frozenset[str]
     tokens: int
+    heads: int
     kv_heads: int
     head_dim: int
     blocks: int
+    layers: int = 1
     block_size: int = 64
     dtype: str = "bfloat16"
     padding_every: int = 0
     contiguous: bool = False  # one chunk of a prompt, not one token of each sequence
+    norm: bool = False  # of queries and keys
     race_detection: bool = False
 
 
-def _case(name: str, tokens: int, heads: tuple[int, int], blocks: int, tags="ci", **more) -> Case:
+def _case(name: str, tokens: int, heads: tuple[int, int, int], blocks: int, tags="ci", **more):
     return Case(name, frozenset(tags.split()), tokens, *heads, blocks, **more)
 
 
+# (query heads, key/value heads, head_dim) of a model, or of one of its tensor-parallel shards
+LLAMA_8B = (32, 8, 128)
+LLAMA_8B_TP4 = (8, 2, 128)
+LLAMA_8B_KV = (0, 8, 128)  # keys and values alone, of several layers in one projection
+QWEN3_06B_TP4 = (4, 2, 128)
+QWEN3_8B = (32, 8, 128)
+SMOLLM2_135M = (9, 3, 64)
+GEMMA_2B = (8, 1, 256)
+PHI3_MINI_TP16 = (2, 2, 96)  # a head_dim the GPU kernel does not take
+
 CASES = (
-    _case("decode_llama_8b", 5, (8, 128), 6, padding_every=3),
-    _case("decode_smollm2", 3, (3, 64), 4, race_detection=True),
-    _case("decode_mqa", 2, (1, 256), 3),
-    _case("decode_all_padding", 2, (2, 128), 2, padding_every=1),
-    _case("decode_block16_fp16", 4, (2, 128), 9, block_size=16, dtype="float16"),
-    _case("decode_fp32", 4, (3, 64), 5, dtype="float32", padding_every=2),
-    _case("decode_head_dim_96", 3, (2, 96), 4),
-    _case("chunk_llama_8b", 67, (2, 128), 4, padding_every=7, contiguous=True),
-    _case("decode_llama_8b_b64", 64, (8, 128), 512, "bench"),
-    _case("decode_llama_8b_b256", 256, (8, 128), 512, "bench"),
-    _case("chunk_llama_8b_8k", 8192, (8, 128), 512, "bench", contiguous=True),
-    _case("chunk_smollm2_8k", 8192, (3, 64), 512, "bench", contiguous=True),
+    _case("decode_llama_8b", 5, LLAMA_8B, 6, padding_every=3),
+    _case("decode_smollm2", 3, SMOLLM2_135M, 4, race_detection=True),
+    _case("decode_mqa", 2, GEMMA_2B, 3),
+    _case("decode_all_padding", 2, LLAMA_8B_TP4, 2, padding_every=1),
+    _case("decode_block16_fp16", 4, LLAMA_8B_TP4, 9, block_size=16, dtype="float16"),
+    _case("decode_fp32", 4, SMOLLM2_135M, 5, dtype="float32", padding_every=2),
+    _case("decode_qwen3", 6, QWEN3_06B_TP4, 5, norm=True, padding_every=4, race_detection=True),
+    _case("decode_head_dim_96", 3, PHI3_MINI_TP16, 4),
+    _case("decode_head_dim_192", 3, (4, 2, 192), 4, dtype="float16", norm=True),
+    _case("decode_layers", 5, (0, 2, 128), 4, layers=3, padding_every=4, race_detection=True),
+    _case("decode_layers_qwen3", 3, (2, 2, 64), 4, layers=2, norm=True, dtype="float32"),
+    _case("chunk_llama_8b", 67, LLAMA_8B_TP4, 4, padding_every=7, contiguous=True),
+    _case("chunk_layers", 41, (0, 2, 64), 3, layers=2, contiguous=True),
+    _case("decode_llama_8b_b1", 1, LLAMA_8B, 512, "bench"),
+    _case("decode_llama_8b_b16", 16, LLAMA_8B, 512, "bench"),
+    _case("decode_llama_8b_b64", 64, LLAMA_8B, 512, "bench"),
+    _case("decode_llama_8b_b256", 256, LLAMA_8B, 512, "bench"),
+    _case("decode_qwen3_8b_b64", 64, QWEN3_8B, 512, "bench", norm=True),
+    _case("decode_16_layers_b64", 64, LLAMA_8B_KV, 16, "bench", layers=16),
+    _case("chunk_llama_8b_8k", 8192, LLAMA_8B, 512, "bench", contiguous=True),
+    _case("chunk_qwen3_8b_8k", 8192, QWEN3_8B, 512, "bench", contiguous=True, norm=True),
+    _case("chunk_smollm2_8k", 8192, SMOLLM2_135M, 512, "bench", contiguous=True),
+    _case("chunk_16_layers_8k", 8192, LLAMA_8B_KV, 130, "bench", layers=16, contiguous=True),
 )
 
 
 def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tuple, dict]:
-    """Return the arguments of `op.kv_cache_update`; with `poison` the old caches hold NaN."""
+    """Return the arguments of `op.kv_cache_update`; with `poison` the old caches hold NaN.
+
+    Here and there a value is not finite, as in the projection of a damaged token.
+    """
     rng = np.random.default_rng(seed)
     pool = case.blocks * case.block_size
     if case.contiguous:
@@ -61,57 +88,94 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
         slots = rng.choice(pool, case.tokens, replace=False).astype(np.int32)
     if case.padding_every:
         slots[:: case.padding_every] = -1
-    keys = jax.random.split(jax.random.key(seed), 5)
     dtype = jnp.dtype(case.dtype)
-    new = (case.tokens, case.kv_heads, case.head_dim)
+    keys = iter(jax.random.split(jax.random.key(seed), 4 + 2 * case.layers))
+    rows = case.heads // case.kv_heads + 2
+    shape = (case.tokens, case.kv_heads, case.layers, rows, case.head_dim)
+    qkv = jax.random.normal(next(keys), shape, dtype)
+    damaged = rng.choice([np.nan, np.inf, -np.inf], case.layers)
+    qkv = qkv.at[-1, -1, :, -1, 3].set(jnp.asarray(damaged, dtype)).at[0, 0, 0, -1].set(np.nan)
+    angles = jax.random.uniform(next(keys), (case.tokens, case.head_dim // 2), maxval=2 * np.pi)
     cache = (case.blocks, case.kv_heads, case.block_size, case.head_dim)
-    k, v = jax.random.normal(keys[0], new, dtype), jax.random.normal(keys[1], new, dtype)
-    if poison is None:
-        k_cache = jax.random.normal(keys[2], cache, dtype)
-        v_cache = jax.random.normal(keys[3], cache, dtype)
-    else:
-        k_cache, v_cache = jnp.full(cache, np.nan, dtype), jnp.full(cache, np.nan, dtype)
-    angles = jax.random.uniform(keys[4], (case.tokens, case.head_dim // 2), maxval=2 * np.pi)
-    return (k, v, jnp.cos(angles), jnp.sin(angles), k_cache, v_cache, jnp.asarray(slots)), {}
+    caches = [
+        jax.random.normal(next(keys), cache, dtype)
+        if poison is None
+        else jnp.full(cache, np.nan, dtype)
+        for _ in range(2 * case.layers)
+    ]
+    arguments = (
+        qkv,
+        jnp.cos(angles),
+        jnp.sin(angles),
+        tuple(caches[: case.layers]),
+        tuple(caches[case.layers :]),
+        jnp.asarray(slots),
+    )
+    if not case.norm:
+        return arguments, {}
+    weight = (case.layers, case.head_dim)
+    q_norm, k_norm = (1 + jax.random.normal(next(keys), weight, dtype) / 4 for _ in range(2))
+    return arguments, {"q_norm": q_norm, "k_norm": k_norm, "epsilon": 1e-6}
 
 
-def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return both caches in float64, written one token at a time."""
-    del keywords
-    k, v, cos, sin, k_cache, v_cache = (np.asarray(a).astype(np.float64) for a in arguments[:6])
+def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, ...]:
+    """Return the queries and all caches in float64, written one token at a time."""
+    qkv, cos, sin = (np.asarray(a).astype(np.float64) for a in arguments[:3])
+    caches = [np.asarray(cache).astype(np.float64) for side in arguments[3:5] for cache in side]
     half = case.head_dim // 2
-    k_cache, v_cache = k_cache.copy(), v_cache.copy()
-    for t, slot in enumerate(np.asarray(arguments[6])):
-        if slot < 0:
-            continue
+
+    def rotated(x: np.ndarray, token: int, layer: int, norm: str) -> np.ndarray:
+        if case.norm:
+            x = x / np.sqrt((x * x).mean() + keywords["epsilon"])
+            x = x * np.asarray(keywords[norm])[layer].astype(np.float64)
+        first, second, c, s = x[:half], x[half:], cos[token], sin[token]
+        return np.concatenate([first * c - second * s, second * c + first * s])
+
+    queries = np.empty((case.tokens, case.layers * case.heads, case.head_dim))
+    for token, slot in enumerate(np.asarray(arguments[5])):
         block, offset = divmod(int(slot), case.block_size)
+        row = 0
         for head in range(case.kv_heads):
-            first, second = k[t, head, :half], k[t, head, half:]
-            k_cache[block, head, offset, :half] = first * cos[t] - second * sin[t]
-            k_cache[block, head, offset, half:] = second * cos[t] + first * sin[t]
-            v_cache[block, head, offset] = v[t, head]
-    return k_cache, v_cache
+            for layer in range(case.layers):
+                *group, k, v = qkv[token, head, layer]
+                for q in group:
+                    queries[token, row] = rotated(q, token, layer, "q_norm")
+                    row += 1
+                if slot >= 0:
+                    caches[layer][block, head, offset] = rotated(k, token, layer, "k_norm")
+                    finite = np.where(np.isfinite(v), v, 0)
+                    caches[case.layers + layer][block, head, offset] = finite
+    return (queries, *caches)
 
 
 def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray, ...]:
-    """Return both caches as float64; slots that no token owns must be bit for bit the old ones."""
+    """Return queries and caches as float64; slots that no token owns must be the old bit for bit.
+
+    What the call wrote must be finite, that of the damaged values too.
+    """
+    queries, k_caches, v_caches = output
     touched = np.zeros(case.blocks * case.block_size, bool)
-    slots = np.asarray(arguments[6])
+    slots = np.asarray(arguments[5])
     touched[slots[slots >= 0]] = True
-    old_slots = ~touched.reshape(case.blocks, case.block_size)
-    for new, old in zip(output, arguments[4:6], strict=True):
-        new, old = (np.swapaxes(np.asarray(a), 1, 2)[old_slots] for a in (new, old))
-        if new.tobytes() != old.tobytes():
+    touched = touched.reshape(case.blocks, case.block_size)
+    for new, old in zip((*k_caches, *v_caches), (*arguments[3], *arguments[4]), strict=True):
+        new, old = (np.swapaxes(np.asarray(a), 1, 2) for a in (new, old))
+        if new[~touched].tobytes() != old[~touched].tobytes():
             raise AssertionError(f"{case.name}: a slot without a token was written")
-    return tuple(np.asarray(cache).astype(np.float64) for cache in output)
+        if not np.isfinite(new[touched].astype(np.float32)).all():
+            raise AssertionError(f"{case.name}: a slot of a token is not finite")
+    if not np.isfinite(np.asarray(queries).astype(np.float32)).all():
+        raise AssertionError(f"{case.name}: a query is not finite")
+    return tuple(np.asarray(a).astype(np.float64) for a in (queries, *k_caches, *v_caches))
 
 
 def following(arguments: tuple, output: tuple) -> tuple:
     """Return `arguments` with the caches that a call returned, for the next call."""
-    return (*arguments[:4], *output, arguments[6])
+    return (*arguments[:3], *output[1:], arguments[5])
 
 
 def cost(case: Case) -> tuple[float, float]:
-    """Return the bytes that must be moved (new keys and values in and out) and 0 operations."""
-    elements = 4 * case.tokens * case.kv_heads * case.head_dim
+    """Return the bytes that must be moved (the projection in and out again) and 0 operations."""
+    rows = case.heads + 2 * case.kv_heads
+    elements = 2 * case.tokens * case.layers * rows * case.head_dim
     return elements * jnp.dtype(case.dtype).itemsize + 4 * case.tokens * case.head_dim, 0.0

@@ -1,12 +1,14 @@
-"""Key/value cache update on Hopper: one pass that rotates, and writes keys and values in place.
+"""Key/value cache update on Hopper: one pass over the fused projection, caches written in place.
 
-Called by `op.kv_cache_update`. A thread block brings a tile of tokens into shared memory, rotates
-the keys there, and sends each token to its slot with one TMA store for the keys and one for the
-values. The caches are mutated: in a program that donates them nothing is copied.
+Called by `op.kv_cache_update`. A thread block brings a tile of tokens and groups of one layer into
+shared memory, rotates queries and keys there, and sends the queries off with one TMA store, the key
+and the value of each token to its slot with one store each. The caches are mutated: in a program
+that donates them nothing is copied.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TOKENS = 16  # of a thread block: the rows of the register layout below
-BY_TOKEN = plgpu.Layout.MMA_ACC(jnp.float32, m_warps=1)  # [16, 32 n], readable at any stride
+TOKENS = 4  # of a thread block: one a warp
+MAX_TILES = 65535  # what the slowest dimension of a grid may have
+TILE_BYTES = 6 * 1024  # below, thread blocks are too small to be worth their start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,134 +26,202 @@ class Config:
     """Sizes of the update kernel.
 
     Attributes:
-        heads: key/value heads of a thread block.
+        groups: key/value heads of a thread block.
     """
 
-    heads: int
+    groups: int
 
     def __post_init__(self):
-        if self.heads < 1:
-            raise ValueError(f"{self.heads=} must be positive")
+        if self.groups < 1:
+            raise ValueError(f"{self.groups=} must be positive")
 
 
-def choose_config(T: int, KV: int, D: int, itemsize: int) -> Config:
-    """Return the heads a thread block takes: few when there are few tokens, so that many work."""
-    fitting = [
-        heads
-        for heads in range(1, KV + 1)
-        if KV % heads == 0 and 2 * TOKENS * heads * D * itemsize <= 96 * 1024
-    ]
-    tiles = -(-T // TOKENS)
-    return Config(next((h for h in reversed(fitting) if tiles * (KV // h) >= 132), 1))
+def choose_config(G: int, group_bytes: int) -> Config:
+    """Return the sizes for `G` groups that have `group_bytes` a token in one layer.
+
+    What measured best on an H200, for one token and for 8,192: thread blocks as small as is sound.
+    """
+    divisors = (groups for groups in range(1, G + 1) if G % groups == 0)
+    enough = (groups for groups in divisors if TOKENS * groups * group_bytes >= TILE_BYTES)
+    return Config(next(enough, G))
 
 
-def unsupported(
-    k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct
-) -> str | None:
+def unsupported(qkv: jax.ShapeDtypeStruct, cache: jax.ShapeDtypeStruct) -> str | None:
     """Return why this kernel does not take the shapes, or `None` if it does."""
-    if not k.dtype == v.dtype == k_cache.dtype:
-        return f"new keys are {k.dtype}, new values {v.dtype}, the cache is {k_cache.dtype}"
-    if k.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"the cache is {k.dtype}, not a 16- or 32-bit float"
-    if k.shape[2] % 64 or k.shape[2] > 256:
-        return f"head_dim {k.shape[2]} is not 64, 128, 192 or 256"
+    D = qkv.shape[-1]
+    if qkv.dtype != cache.dtype:
+        return f"the projection is {qkv.dtype}, the cache is {cache.dtype}"
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"the cache is {qkv.dtype}, not a 16- or 32-bit float"
+    if D % 64 or D > 256:
+        return f"head_dim {D} is not 64, 128, 192 or 256"
+    if qkv.shape[0] > TOKENS * MAX_TILES:
+        return f"{qkv.shape[0]} tokens are more than {TOKENS * MAX_TILES}"
     return None
 
 
 # Traced once for all the layers of a model that call it with the same shapes.
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("epsilon", "config", "interpret"))
 def kv_cache_update(
-    k: Array,
-    v: Array,
+    qkv: Array,
     cos: Array,
     sin: Array,
-    k_cache: Array,
-    v_cache: Array,
+    k_caches: tuple[Array, ...],
+    v_caches: tuple[Array, ...],
     slot_mapping: Array,
+    *,
+    q_norm: Array | None,
+    k_norm: Array | None,
+    epsilon: float,
     config: Config | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """See `op.kv_cache_update`."""
-    T, KV, D = k.shape
-    config = config or choose_config(T, KV, D, k.dtype.itemsize)
-    k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-    tile = plgpu.SMEM((TOKENS, config.heads, D), k.dtype)
-    angles = plgpu.SMEM((TOKENS, D // 2), jnp.float32)
+    T, G, L, rows, D = qkv.shape
+    r = rows - 2
+    config = config or choose_config(G, rows * D * qkv.dtype.itemsize)
+    groups = config.groups
+    caches = [jax.new_ref(cache) for cache in (*k_caches, *v_caches)]
+    norms = {"q_norm": q_norm if r else None, "k_norm": k_norm}
+    norms = {name: norm for name, norm in norms.items() if norm is not None}
     mesh = plgpu.Mesh(
-        grid=(-(-T // TOKENS), KV // config.heads),
-        grid_names=("tile", "heads"),
+        grid=(-(-T // TOKENS), G // groups, L),  # in the order of the memory that is read
+        grid_names=("tile", "group", "layer"),
         kernel_name="kv_cache_update",
     )
 
-    def body(*refs):
+    def body(qkv_gmem, cos_gmem, sin_gmem, slots_gmem, *refs):
+        weights = dict(zip(norms, refs, strict=False))
+        written = refs[len(weights) :]
+        tile = functools.partial(plgpu.SMEM, dtype=qkv.dtype)
+        angles = plgpu.SMEM((TOKENS, D // 2), jnp.float32)
         pl.run_scoped(
-            functools.partial(_body, *refs, heads=config.heads),
-            k_smem=tile,
-            v_smem=tile,
+            functools.partial(
+                _body,
+                qkv_gmem,
+                cos_gmem,
+                sin_gmem,
+                slots_gmem,
+                weights,
+                written[:L],
+                written[L : 2 * L],
+                *written[2 * L :],
+                epsilon=epsilon,
+                config=config,
+            ),
+            q_smem=tile((TOKENS, groups, r, D)) if r else None,
+            k_smem=tile((TOKENS, groups, D)),
+            v_smem=tile((TOKENS, groups, D)),
             cos_smem=angles,
             sin_smem=angles,
-            k_barrier=plgpu.Barrier(num_arrivals=3),
-            v_barrier=plgpu.Barrier(),
+            barrier=plgpu.Barrier(num_arrivals=5 if r else 4),
         )
 
-    # Lane semantics: the tiles stay as declared, any number of tokens may be read past the end.
-    params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-    pl.kernel(body, mesh=mesh, compiler_params=params, interpret=interpret or False)(
-        k, v, cos, sin, slot_mapping, k_ref, v_ref
-    )
-    return jax.freeze(k_ref), jax.freeze(v_ref)
+    out = pl.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((T, G, L, r, D), qkv.dtype)] if r else [],
+        mesh=mesh,
+        # Lane semantics: the tiles stay as declared, any number of tokens may be read past the end.
+        # No barriers of its own accord: a thread only reads what it overwrites itself.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        interpret=interpret or False,
+    )(qkv, cos, sin, slot_mapping, *norms.values(), *caches)
+    q = out[0].reshape(T, G * L * r, D) if r else jnp.zeros((T, 0, D), qkv.dtype)
+    caches = tuple(jax.freeze(cache) for cache in caches)
+    return q, caches[:L], caches[L:]
 
 
 def _body(
-    k_gmem,  # [T, KV, D]
-    v_gmem,  # [T, KV, D]
+    qkv_gmem,  # [T, G, L, r + 2, D]
     cos_gmem,  # [T, D / 2]
     sin_gmem,  # [T, D / 2]
     slots_gmem,  # [T]
-    k_cache_gmem,  # [blocks, KV, block_size, D], written
-    v_cache_gmem,  # [blocks, KV, block_size, D], written
+    norms_gmem,  # those of "q_norm", "k_norm" that there are: [L, D]
+    k_caches_gmem,  # L times [blocks, G, block_size, D], written
+    v_caches_gmem,  # L times [blocks, G, block_size, D], written
+    q_out_gmem=None,  # [T, G, L, r, D], if there are queries
     *,
-    heads: int,
+    epsilon: float,
+    config: Config,
+    q_smem,
     k_smem,
     v_smem,
     cos_smem,
     sin_smem,
-    k_barrier,
-    v_barrier,
+    barrier,
 ):
-    T, _, D = k_gmem.shape
-    half, block_size = D // 2, k_cache_gmem.shape[2]
+    T, _, _, rows, D = qkv_gmem.shape
+    r, half, block_size = rows - 2, D // 2, k_caches_gmem[0].shape[2]
+    layer = lax.axis_index("layer")
     first = lax.axis_index("tile") * TOKENS
-    mine = pl.ds(lax.axis_index("heads") * heads, heads)
-    tokens = pl.ds(first, TOKENS)  # past the last token TMA reads zeros
-    plgpu.copy_gmem_to_smem(k_gmem.at[tokens, mine], k_smem, k_barrier)
-    plgpu.copy_gmem_to_smem(cos_gmem.at[tokens], cos_smem, k_barrier)
-    plgpu.copy_gmem_to_smem(sin_gmem.at[tokens], sin_smem, k_barrier)
-    plgpu.copy_gmem_to_smem(v_gmem.at[tokens, mine], v_smem, v_barrier)
+    tokens = pl.ds(first, TOKENS)  # past the last token TMA reads zeros and writes nothing
+    mine = pl.ds(lax.axis_index("group") * config.groups, config.groups)
+    if r:
+        plgpu.copy_gmem_to_smem(qkv_gmem.at[tokens, mine, layer, pl.ds(0, r)], q_smem, barrier)
+    plgpu.copy_gmem_to_smem(qkv_gmem.at[tokens, mine, layer, r], k_smem, barrier)
+    plgpu.copy_gmem_to_smem(qkv_gmem.at[tokens, mine, layer, r + 1], v_smem, barrier)
+    plgpu.copy_gmem_to_smem(cos_gmem.at[tokens], cos_smem, barrier)
+    plgpu.copy_gmem_to_smem(sin_gmem.at[tokens], sin_smem, barrier)
     slots = [
         jnp.where(first + i < T, slots_gmem[jnp.minimum(first + i, T - 1)], -1)
         for i in range(TOKENS)
     ]
 
-    def store(tile_smem, cache_gmem):
+    # One token a warp, the lanes along D: no two of them meet in a bank.
+    vector = math.gcd(half // 32, 4)
+    by_token = plgpu.Layout.TILED(
+        plgpu.Tiling(((4, 32 * vector), (vector,))), (-3,), (-2,), vector_dim=-1
+    )
+    load = functools.partial(plgpu.load, layout=by_token, optimized=False)
+
+    def spread(x, axis):
+        """Repeat a vector along the other axis of `[TOKENS, half]`."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (TOKENS, half), [axis]), by_token)
+
+    def weight_halves(norm_gmem):
+        for begin in (0, half):
+            weight = norm_gmem.at[layer, pl.ds(begin, half)]
+            weight = plgpu.load(weight, layout=by_token.reduce(0), optimized=False)
+            yield spread(weight.astype(jnp.float32), 1)
+
+    weights = {name: tuple(weight_halves(norm)) for name, norm in norms_gmem.items()}
+    plgpu.barrier_wait(barrier)
+    cos, sin = load(cos_smem), load(sin_smem)
+
+    def rotate(low, high, norm):
+        x, y = load(low).astype(jnp.float32), load(high).astype(jnp.float32)
+        if norm in weights:
+            mean = (x * x + y * y).sum(axis=1) * (1 / D)
+            scale = spread(lax.rsqrt(mean + epsilon), 0)
+            x, y = x * scale * weights[norm][0], y * scale * weights[norm][1]
+        low[...] = (x * cos - y * sin).astype(k_smem.dtype)
+        high[...] = (y * cos + x * sin).astype(k_smem.dtype)
+
+    for group in range(config.groups):
+        low, high = pl.ds(0, half), pl.ds(half, half)
+        for head in range(r):
+            rotate(q_smem.at[:, group, head, low], q_smem.at[:, group, head, high], "q_norm")
+        rotate(k_smem.at[:, group, low], k_smem.at[:, group, high], "k_norm")
+        v = load(v_smem.at[:, group]).astype(jnp.float32)
+        finite = jnp.abs(v) < jnp.inf
+        v_smem[:, group] = jnp.where(finite, v, jnp.zeros_like(v)).astype(v_smem.dtype)
+    plgpu.commit_smem()
+
+    if q_out_gmem is not None:
+        plgpu.copy_smem_to_gmem(q_smem, q_out_gmem.at[tokens, mine, layer])
+
+    def write(k_cache_gmem, v_cache_gmem):
         for i, slot in enumerate(slots):
 
             @pl.when(slot >= 0)
             def _(i=i, slot=slot):
                 block, offset = lax.div(slot, block_size), lax.rem(slot, block_size)
-                plgpu.copy_smem_to_gmem(tile_smem.at[i], cache_gmem.at[block, mine, offset])
+                plgpu.copy_smem_to_gmem(k_smem.at[i], k_cache_gmem.at[block, mine, offset])
+                plgpu.copy_smem_to_gmem(v_smem.at[i], v_cache_gmem.at[block, mine, offset])
 
-    plgpu.barrier_wait(v_barrier)
-    store(v_smem, v_cache_gmem)
+    for i, caches in enumerate(zip(k_caches_gmem, v_caches_gmem, strict=True)):
+        pl.when(layer == i)(functools.partial(write, *caches))
 
-    plgpu.barrier_wait(k_barrier)
-    load = functools.partial(plgpu.load, layout=BY_TOKEN, optimized=False)
-    cos, sin = load(cos_smem), load(sin_smem)
-    for head in range(heads):
-        low, high = k_smem.at[:, head, pl.ds(0, half)], k_smem.at[:, head, pl.ds(half, half)]
-        x, y = load(low).astype(jnp.float32), load(high).astype(jnp.float32)
-        low[...] = (x * cos - y * sin).astype(k_smem.dtype)
-        high[...] = (y * cos + x * sin).astype(k_smem.dtype)
-    plgpu.commit_smem()
-    store(k_smem, k_cache_gmem)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

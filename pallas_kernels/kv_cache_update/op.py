@@ -8,59 +8,76 @@ from arctic_jax.pallas_kernels.kv_cache_update import mosaic_gpu, reference
 
 
 def kv_cache_update(
-    k: Float[Array, "T KV D"],
-    v: Float[Array, "T KV D"],
+    qkv: Float[Array, "T G L r+2 D"],
     cos: Float[Array, "T D/2"],
     sin: Float[Array, "T D/2"],
-    k_cache: Float[Array, "blocks KV block_size D"],
-    v_cache: Float[Array, "blocks KV block_size D"],
+    k_caches: tuple[Float[Array, "blocks G block_size D"], ...],
+    v_caches: tuple[Float[Array, "blocks G block_size D"], ...],
     slot_mapping: Int[Array, " T"],
     *,
+    q_norm: Float[Array, "L D"] | None = None,
+    k_norm: Float[Array, "L D"] | None = None,
+    epsilon: float = 0.0,
     implementation: str | None = None,
-) -> tuple[Array, Array]:
-    """Rotate `k` by `cos` and `sin` and write `k` and `v` into the slots of their tokens.
+) -> tuple[Float[Array, "T G*L*r D"], tuple[Array, ...], tuple[Array, ...]]:
+    """Rotate queries and keys of a fused projection; write keys and values into their slots.
 
-    Slot `block * block_size + offset`; the tokens with slot -1 (padding) write nothing. KV may be a
-    shard of the model's heads. In a program that donates the caches the write is in place.
+    The projection of L layers comes as the matrix product leaves it: for each token, key/value head
+    (group) and layer, the r query heads of the group, the key, the value. An attention layer has
+    L = 1; a projection of keys and values alone, for several layers at once, has r = 0.
+
+    Slot `block * block_size + offset`; the tokens with slot -1 (padding) write nothing. G may be a
+    shard of the model's groups. In a program that donates the caches the write is in place.
+
+    A value that is not finite is written as 0: a weight of 0 does not hide it, so one damaged token
+    would reach the queries before it, and other requests through their common prefix. Queries and
+    keys stay as they are.
 
     Args:
-        k: keys before the rotary embedding, in the half-split order of Hugging Face.
-        v: values.
+        qkv: queries and keys before the rotary embedding, in the half-split order of Hugging Face.
         cos: cosines of the tokens' angles, float32.
         sin: sines, float32.
-        k_cache: keys of all blocks.
-        v_cache: values of all blocks.
-        slot_mapping: where each token goes.
+        k_caches: keys of all blocks, one array a layer.
+        v_caches: values of all blocks, likewise.
+        slot_mapping: where each token goes, in every layer.
+        q_norm: weights of a root-mean-square norm over D of each query before the rotation.
+        k_norm: the same for each key.
+        epsilon: of those norms.
         implementation: see `dispatch.resolve`.
 
     Returns:
-        The two caches.
+        The queries in the order of `qkv`, and the caches.
 
     Raises:
         ValueError: shapes do not fit each other; the values are in the message.
     """
-    if k.shape != v.shape or k_cache.shape != v_cache.shape:
-        raise ValueError(f"{k.shape=}, {v.shape=}, {k_cache.shape=}, {v_cache.shape=}")
-    if k.shape[1:] != (k_cache.shape[1], k_cache.shape[3]):
-        raise ValueError(f"{k.shape=} does not fit {k_cache.shape=}")
-    if slot_mapping.shape != k.shape[:1] or cos.shape != (k.shape[0], k.shape[2] // 2):
-        raise ValueError(f"{slot_mapping.shape=} and {cos.shape=} do not fit {k.shape=}")
-    arrays = (k, v, cos, sin, k_cache, v_cache, slot_mapping)
-    reason = mosaic_gpu_unsupported(*arrays)
+    T, G, L, rows, D = qkv.shape
+    shapes = {cache.shape for cache in (*k_caches, *v_caches)}
+    if len(k_caches) != L or len(v_caches) != L or len(shapes) != 1 or rows < 2:
+        raise ValueError(f"{qkv.shape=}, {len(k_caches)=}, {len(v_caches)=}, {shapes=}")
+    if k_caches[0].shape[1::2] != (G, D):
+        raise ValueError(f"{qkv.shape=} does not fit {k_caches[0].shape=}")
+    if slot_mapping.shape != (T,) or not cos.shape == sin.shape == (T, D // 2):
+        raise ValueError(f"{slot_mapping.shape=}, {cos.shape=}, {sin.shape=} and {qkv.shape=}")
+    if any(norm is not None and norm.shape != (L, D) for norm in (q_norm, k_norm)):
+        raise ValueError(f"{q_norm=} and {k_norm=} do not fit {qkv.shape=}")
+    arrays = (qkv, cos, sin, k_caches, v_caches, slot_mapping)
+    norms = {"q_norm": q_norm, "k_norm": k_norm, "epsilon": epsilon}
+    reason = mosaic_gpu_unsupported(*arrays, **norms)
     preferred = "xla" if reason else "mosaic_gpu"
     chosen = dispatch.resolve("kv_cache_update", implementation, preferred)
     if chosen == "xla":
-        return reference.kv_cache_update(*arrays)
+        return reference.kv_cache_update(*arrays, **norms)
     if reason:
         raise ValueError(f"kv_cache_update: implementation='mosaic_gpu' cannot do this: {reason}")
-    return mosaic_gpu.kv_cache_update(*arrays, interpret=dispatch.interpreter())
+    return mosaic_gpu.kv_cache_update(*arrays, **norms, interpret=dispatch.interpreter())
 
 
 def mosaic_gpu_unsupported(
-    k: Array, v: Array, cos: Array, sin: Array, k_cache: Array, *_: Array
+    qkv: Array, cos: Array, sin: Array, k_caches: tuple[Array, ...], *_: object, **__: object
 ) -> str | None:
     """Return why `"mosaic_gpu"` does not take these arguments of `kv_cache_update`, or `None`.
 
     With `implementation=None` such calls go to `"xla"`. Only shapes and dtypes are looked at.
     """
-    return mosaic_gpu.unsupported(k, v, k_cache)
+    return mosaic_gpu.unsupported(qkv, k_caches[0])

@@ -31,6 +31,7 @@ class Case:
     soft_cap: float | None = None
     padding_rows: int = 0  # rows of q past the last sequence
     max_query_len: int | None = None  # None: the longest there is
+    max_model_len: int = 0  # the block tables are this wide, in tokens, if not wider
     race_detection: bool = False  # small enough for the interpreter to look for races
 
 
@@ -70,6 +71,18 @@ CASES = (
     _case("decode_block32", SMOLLM2_135M, [(1, 97)], block_size=32),
     _case("decode_head_dim_96", PHI3_MINI_TP16, [(1, 100), (1, 3)]),
     _case("decode_long", LLAMA_70B_TP8, [(1, 1500)]),
+    # Contexts that thread blocks share, some of which find nothing to do.
+    _case("splits_llama_8b", LLAMA_8B_TP4, [(1, 600), (0, 0), (1, 1)], max_model_len=1024),
+    _case("splits_gemma2", GEMMA2_9B_TP4, [(1, 530)], sliding_window=200, soft_cap=5.0),
+    _case("splits_smollm2", SMOLLM2_135M, [(1, 70)], max_model_len=512, race_detection=True),
+    _case(
+        "splits_verify",
+        LLAMA_8B_TP4,
+        [(4, 600), (2, 66), (0, 0), (1, 1)],
+        max_model_len=1024,
+        padding_rows=3,
+    ),
+    _case("splits_verify_mqa", (20, 1, 64), [(3, 300)], max_model_len=1024, race_detection=True),
     # A few queries a sequence: the verification of drafts.
     _case("verify_llama_8b", LLAMA_8B_TP4, [(4, 200), (2, 66), (0, 0), (1, 1)], padding_rows=3),
     _case("verify_smollm2", SMOLLM2_135M, [(3, 65), (1, 90)], race_detection=True),
@@ -91,7 +104,10 @@ CASES = (
     _case("prefill_fp32", SMOLLM2_135M, [(70, 90), (1, 5)], dtype="float32"),
     # What the H200 is measured on.
     _case("decode_llama_8b_b64_2k", LLAMA_8B, [(1, 2048)] * 64, "bench"),
-    _case("decode_llama_8b_b1_32k", LLAMA_8B, [(1, 32768)], "bench"),
+    _case("decode_llama_8b_b1_1k", LLAMA_8B, [(1, 1024)], "bench", max_model_len=131072),
+    _case("decode_llama_8b_b1_4k", LLAMA_8B, [(1, 4096)], "bench", max_model_len=131072),
+    _case("decode_llama_8b_b1_32k", LLAMA_8B, [(1, 32768)], "bench", max_model_len=131072),
+    _case("decode_llama_8b_b16_1k", LLAMA_8B, [(1, 1024)] * 16, "bench", max_model_len=131072),
     _case("decode_llama_8b_b16_8k", LLAMA_8B, [(1, 8192)] * 16, "bench"),
     _case("decode_llama_8b_b256_1k", LLAMA_8B, [(1, 1024)] * 256, "bench"),
     _case("decode_llama_8b_ragged", LLAMA_8B, _ragged(64, 100, 6000), "bench"),
@@ -120,7 +136,7 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
     query_lens = np.array([queries for queries, _ in case.sequences], np.int32)
     seq_lens = np.array([tokens for _, tokens in case.sequences], np.int32)
     blocks_of = -(-seq_lens // case.block_size)
-    width = max(1, int(blocks_of.max())) + 1
+    width = max(int(blocks_of.max()) + 1, case.max_model_len // case.block_size)
     pool = int(blocks_of.sum()) + 3
     order = rng.permutation(pool).astype(np.int32)
     tables = np.full((len(seq_lens), width), order[-1], np.int32)  # an unused block

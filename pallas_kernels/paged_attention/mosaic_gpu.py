@@ -4,6 +4,10 @@ Called by `op.paged_attention`. One thread block works on one sequence, one key/
 split of the context: it brings tiles of keys and values in by TMA, one copy a block of the cache,
 and keeps a running softmax over them for the query rows of its head group. The rows are padded to
 the 64 that a wgmma has; the tensor cores have time for that while the memory system is the limit.
+
+Where a context is split, a second launch merges the results. Thread blocks that merge among
+themselves would have to be one cluster, which was slower (it leaves multiprocessors idle), or count
+their arrivals in memory that someone has to clear.
 """
 
 import dataclasses
@@ -19,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS = 64  # query rows of a thread block, the M of one wgmma
 SMEM_BYTES = 227 * 1024  # what one thread block may have
 SMS = 132
+MAX_SPLITS = 64  # the merge of a row keeps them all in flight
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row without any key yields 0 and not NaN
 
@@ -40,23 +45,24 @@ class Config:
     def __post_init__(self):
         if self.tile not in (64, 128, 256):
             raise ValueError(f"{self.tile=} must be 64, 128 or 256")
-        if self.stages < 1 or self.splits < 1:
-            raise ValueError(f"{self.stages=} and {self.splits=} must be positive")
+        if self.stages < 1:
+            raise ValueError(f"{self.stages=} must be positive")
+        if not 1 <= self.splits <= MAX_SPLITS:
+            raise ValueError(f"{self.splits=} must be between 1 and {MAX_SPLITS}")
 
 
 def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size: int) -> Config:
     """Return the sizes for a batch of `S` sequences, from static shapes alone.
 
-    What measured best on an H200: few stages, so that at least two thread blocks fit on a
-    multiprocessor and hide each other's latencies. A context is split until every multiprocessor
-    has two; and, for lengths that differ, into shares of `keys` while there are few thread blocks
-    (each share costs a partial result that must be merged).
+    What measured best on an H200: few stages, so that two thread blocks fit on a multiprocessor and
+    hide each other's latencies. A context is split until every multiprocessor has a thread block;
+    and, for lengths that differ, where the block tables have room for long ones (each split costs a
+    thread block even where it finds nothing to do).
     """
-    items = S * KV
-    keys = blocks_per_sequence * block_size
-    by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items)
-    splits = max(-(-2 * SMS // items), by_length) if items < 2048 else 1
-    return Config(64, 2, max(1, min(splits, keys // 256)))
+    items, keys = S * KV, blocks_per_sequence * block_size
+    by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items, 4)
+    splits = min(max(round(SMS / items), by_length), keys // 128, MAX_SPLITS)
+    return Config(64, 2, max(splits, 1))
 
 
 def unsupported(q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct) -> str | None:
@@ -114,19 +120,17 @@ def decode(
         rows, stride = q, G
     else:
         stride = -(-Q * G // 8) * 8
-        rows = q[jnp.minimum(query_start_loc[:-1, None] + jnp.arange(Q), T - 1)]
+        of_sequence = jnp.minimum(query_start_loc[:-1, None] + jnp.arange(Q), T - 1)
+        rows = q if Q == 1 else q[of_sequence]
         rows = jnp.moveaxis(rows.reshape(S, Q, KV, G, D), 1, 2).reshape(S, KV, Q * G, D)
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
         rows = rows.reshape(S, KV * stride, D)
 
-    partial = splits > 1
-    if partial:
-        out_type = [
-            jax.ShapeDtypeStruct((S, splits, KV, Q * G, D), jnp.float32),
-            jax.ShapeDtypeStruct((S, splits, KV, ROWS), jnp.float32),
-        ]
-    else:
-        out_type = [jax.ShapeDtypeStruct((T, H, D), q.dtype)]
+    out_type = jax.ShapeDtypeStruct((T, H, D), q.dtype)
+    partial_type = [
+        jax.ShapeDtypeStruct((S, KV, splits, Q * G, D), jnp.float32),
+        jax.ShapeDtypeStruct((S, KV, splits, ROWS), jnp.float32),
+    ]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     copies = config.tile // block_size
     scratch = {
@@ -137,7 +141,7 @@ def decode(
                 plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=swizzled),
             ],
             # The result leaves through the memory of the tiles, when they have been read.
-            plgpu.SMEM((ROWS, D), out_type[0].dtype),
+            plgpu.SMEM((ROWS, D), q.dtype if splits == 1 else jnp.float32),
         ),
         "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
         # The interpreter knows no wgmma with an operand in registers.
@@ -157,11 +161,10 @@ def decode(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        partial=partial,
     )
     outputs = plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=[out_type] if splits == 1 else partial_type,
         scratch_types=scratch,
         grid=(splits, KV, S),
         grid_names=("split", "head", "sequence"),
@@ -169,23 +172,17 @@ def decode(
         interpret=interpret,
         kernel_name="paged_attention_decode",
     )(rows, k_cache, v_cache, block_tables, query_start_loc, seq_lens)
-    if not partial:
+    if splits == 1:
         return outputs[0]
-
-    # Each split is normalized by itself; its weight is its share of the sum of exponentials.
-    out, lse = outputs
-    together = max(1, 8 // stride)  # heads that share 8 rows; each has its part of them
-    lse = jnp.stack(
-        [lse[:, :, i::together, i * stride : i * stride + Q * G] for i in range(together)], axis=3
-    ).reshape(S, splits, KV, Q * G)
-    weight = jnp.exp2(lse - lse.max(1, keepdims=True))[..., None]
-    out = (out * weight).sum(1) / weight.sum(1)  # [S, KV, Q * G, D]
-    if Q == 1:
-        return out.reshape(T, H, D).astype(q.dtype)
-    out = jnp.moveaxis(out.reshape(S, KV, Q, G, D), 2, 1)
-    token = jnp.arange(T)
-    owner = jnp.minimum(jnp.searchsorted(query_start_loc[1:], token, side="right"), S - 1)
-    return out[owner, (token - query_start_loc[owner]) % Q].reshape(T, H, D).astype(q.dtype)
+    return plgpu.kernel(
+        functools.partial(_merge_body, group=G, row_stride=stride),
+        out_type=out_type,
+        grid=(Q * G, KV, S),
+        grid_names=("row", "head", "sequence"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+        kernel_name="paged_attention_merge",
+    )(*outputs, query_start_loc)
 
 
 def _decode_body(
@@ -195,8 +192,9 @@ def _decode_body(
     tables_gmem,  # [S, B]
     starts_gmem,  # [S + 1]
     lens_gmem,  # [S]
-    out_gmem,  # [T, H, D], or [S, splits, KV, Q * G, D] when partial
-    *refs,  # [S, splits, KV, ROWS] logarithms of the sums when partial
+    out_gmem,  # [T, H, D], or [S, KV, splits, Q * G, D] if there are several splits
+    lse_gmem=None,  # [S, KV, splits, ROWS], the logarithms of their sums of exponentials
+    *,
     config: Config,
     group: int,
     queries: int,
@@ -204,7 +202,6 @@ def _decode_body(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
-    partial: bool,
     q_smem,
     tiles_smem,
     lse_smem,
@@ -231,8 +228,7 @@ def _decode_body(
     )
 
     length = lens_gmem[sequence]
-    start = starts_gmem[sequence]
-    query_len = 1 if queries == 1 else starts_gmem[sequence + 1] - start
+    start, query_len = _queries(sequence, starts_gmem, queries)
     last_tile = lax.div(length + (tile - 1), tile)
     first_tile = 0
     if sliding_window is not None:
@@ -340,15 +336,8 @@ def _decode_body(
     row_sum = jnp.maximum(row_sum, 1e-30)
     acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
     out_smem[...] = acc.astype(out_smem.dtype)
-    if partial:
-        lse_smem[...] = row_max + jnp.log2(row_sum)
-    plgpu.commit_smem()
-    if partial:
-        plgpu.copy_smem_to_gmem(
-            out_smem.at[pl.ds(offset, queries * group)], out_gmem.at[sequence, split, head]
-        )
-        plgpu.copy_smem_to_gmem(lse_smem, refs[0].at[sequence, split, head])
-    else:
+    if lse_gmem is None:
+        plgpu.commit_smem()
         for i in range(queries):
 
             @pl.when(i < query_len)
@@ -358,4 +347,53 @@ def _decode_body(
                     out_gmem.at[start + i, pl.ds(head * group, group)],
                 )
 
-    plgpu.wait_smem_to_gmem(0)
+    else:
+        lse_smem[...] = row_max + jnp.log2(row_sum)
+        plgpu.commit_smem()
+        mine = out_smem.at[pl.ds(offset, queries * group)]
+        plgpu.copy_smem_to_gmem(mine, out_gmem.at[sequence, head, split])
+        plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[sequence, head, split])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _queries(sequence, starts_gmem, queries):
+    """Return the first row and the number of a sequence's queries, of at most `queries`."""
+    if queries == 1:
+        return sequence, 1  # an empty slot has a row too, which must be finite
+    start = starts_gmem[sequence]
+    return start, starts_gmem[sequence + 1] - start
+
+
+def _merge_body(
+    splits_gmem,  # [S, KV, splits, Q * G, D], each normalized by itself
+    lse_gmem,  # [S, KV, splits, ROWS]
+    starts_gmem,  # [S + 1]
+    out_gmem,  # [T, H, D]
+    *,
+    group: int,
+    row_stride: int,
+):
+    splits, D = splits_gmem.shape[2], splits_gmem.shape[4]
+    row, head = lax.axis_index("row"), lax.axis_index("head")
+    sequence = lax.axis_index("sequence")
+    start, query_len = _queries(sequence, starts_gmem, splits_gmem.shape[3] // group)
+    query, head_in_group = lax.div(row, group), lax.rem(row, group)
+
+    @pl.when(query < query_len)
+    def _():
+        # The weight of a split is its share of the sum of exponentials.
+        offset = lax.rem(head * row_stride, 8)
+        lse = [lse_gmem[sequence, head, split, offset + row] for split in range(splits)]
+        largest = functools.reduce(jnp.maximum, lse)
+        weights = [jnp.exp2(x - largest) for x in lse]
+        total = functools.reduce(jnp.add, weights)
+        layout = (
+            plgpu.Layout.WG_STRIDED((D,), D // 128) if D >= 128 else plgpu.Layout.WGMMA.reduce(1)
+        )
+        results = [
+            plgpu.load(splits_gmem.at[sequence, head, split, row], layout=layout, optimized=False)
+            * (weight / total)
+            for split, weight in enumerate(weights)
+        ]
+        merged = functools.reduce(jnp.add, results).astype(out_gmem.dtype)
+        out_gmem[start + query, head * group + head_in_group] = merged

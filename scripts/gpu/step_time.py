@@ -2,20 +2,24 @@
 
     python scripts/gpu/step_time.py --batches 1 16 64 256 --out DIR
 
-Decode steps of the dummy Llama-3.1-8B at a context of 1,024. `device` is the time of a step when
-many are started one after the other without reading their results; `whole` is `EngineCore.step`.
+Decode steps of the dummy Llama-3.1-8B at a context of 1,024. `whole` is `EngineCore.step`; `pack`
+and `dispatch` (packing within it) are the host's; `device` is the time of a step when many are
+started one after the other without reading their results.
 """
 
 import argparse
+import datetime
 import functools
 import json
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jaxlib
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams
@@ -36,9 +40,10 @@ def main() -> None:
     parser.add_argument("--model", default="benchmarks/configs/llama-3.1-8b")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--prefill", type=int, help="tokens of a prefill step to trace as well")
+    parser.add_argument("--prefill", type=int, help="with --trace: tokens of a prefill step")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--compiler-options", default="{}", help="JSON, for the step programs")
+    parser.add_argument("--trace", action="store_true", help="profile the steps, into OUT")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -78,28 +83,32 @@ def main() -> None:
         def launch(s: ScheduledBatch = scheduled) -> jax.Array:
             return runner.launch(s).output
 
-        jax.block_until_ready(launch())
+        dispatches = []
+        for _ in range(10):
+            start = time.perf_counter()
+            output = launch()
+            dispatches.append((time.perf_counter() - start) * 1e3)
+            jax.block_until_ready(output)
         start = time.perf_counter()
-        outputs = [launch() for _ in range(30)]
-        dispatch = (time.perf_counter() - start) / 30 * 1e3
-        jax.block_until_ready(outputs)
+        jax.block_until_ready([launch() for _ in range(30)])
         device = (time.perf_counter() - start) / 30 * 1e3
         alone = median_ms(lambda launch=launch: np.asarray(launch()))
         row = {
             "batch": batch,
             "whole": whole,
             "pack": pack,
-            "dispatch": dispatch,
+            "dispatch": statistics.median(dispatches),
             "device": device,
             "launch_and_read": alone,
         }
         rows.append(row)
         print("  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
-        with jax.profiler.trace(str(args.out / f"trace_{batch}"), profiler_options=options):
-            jax.block_until_ready([launch() for _ in range(4)])
+        if args.trace:
+            with jax.profiler.trace(str(args.out / f"trace_{batch}"), profiler_options=options):
+                jax.block_until_ready([launch() for _ in range(4)])
         for i in range(batch):
             engine.abort(str(i))
-    if args.prefill:
+    if args.trace and args.prefill:
         prompts = rng.integers(0, runner.model_config.vocab_size, (3, args.prefill)).tolist()
         for i, prompt in enumerate(prompts):
             engine.add_request(str(i), prompt, params)
@@ -107,7 +116,19 @@ def main() -> None:
         with jax.profiler.trace(str(args.out / "trace_prefill"), profiler_options=options):
             engine.step()
             engine.step()
-    (args.out / "step_time.json").write_text(json.dumps(rows, indent=1))
+    document = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "device": jax.devices()[0].device_kind,
+        "model": args.model,
+        "context": args.context,
+        "weight_bytes": sum(leaf.nbytes for leaf in runner.leaves),
+        "cache_bytes_per_token": runner.cache_spec.bytes_per_block // runner.cache_spec.block_size,
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "step_time.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

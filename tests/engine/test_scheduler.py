@@ -23,10 +23,10 @@ def scheduler_of(
     max_prompt_rows: int = 8,
     by_priority: bool = False,
     caching: bool = True,
-    max_prefill: int | None = None,
+    max_mixed: int | None = None,
 ) -> Scheduler:
     pool = BlockPool(num_blocks, SIZE, caching)
-    limits = StepLimits(max_num_seqs, max_tokens, max_prefill or max_tokens)
+    limits = StepLimits(max_num_seqs, max_tokens, max_mixed or max_tokens)
     return Scheduler(pool, limits, max_prompt_rows, by_priority)
 
 
@@ -122,7 +122,7 @@ def run(scheduler: Scheduler, max_steps: int = 500) -> list[Request]:
 
 
 def test_a_long_prompt_does_not_stall_those_who_generate() -> None:
-    scheduler = scheduler_of(max_tokens=16, max_prefill=4)
+    scheduler = scheduler_of(max_tokens=16, max_mixed=6)
     a, b = queue(scheduler, request_of(3, max_tokens=3), request_of(2, max_tokens=3))
     accept(scheduler, scheduler.schedule())
     long, late = queue(scheduler, request_of(30), request_of(5))
@@ -336,7 +336,7 @@ ARRIVALS = st.lists(
     max_tokens=st.integers(1, 20),
     by_priority=st.booleans(),
     caching=st.booleans(),
-    max_prefill=st.integers(1, 20),
+    max_mixed=st.integers(1, 20),
 )
 def test_any_storm(
     arrivals: list[tuple],
@@ -345,7 +345,7 @@ def test_any_storm(
     max_tokens: int,
     by_priority: bool,
     caching: bool,
-    max_prefill: int,
+    max_mixed: int,
 ) -> None:
     """Nobody starves, budgets hold, and at the end no block is missing."""
     rows = min(6, max_tokens)
@@ -356,7 +356,7 @@ def test_any_storm(
         rows,
         by_priority,
         caching,
-        min(max_prefill, max_tokens),
+        min(max_mixed, max_tokens),
     )
     coming = []
     for step, which, shared, own, answer, priority, prompt_logprobs, aborted in arrivals:
