@@ -130,7 +130,6 @@ def _body(
             lambda: _search(row, 1, bound, top_k.astype(jnp.float32), None, None, config),
             lambda: (bound, jnp.int32(1)),
         )
-
         marks = lax.cond(kept < INFINITY, lambda: row.mark(kept), lambda: jnp.int32(ALL))
 
         def by_top_p():
