@@ -17,7 +17,6 @@ from jax import Array
 
 from arctic_jax.batch import ForwardBatch
 from arctic_jax.config import ModelConfig, RopeConfig
-from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
 from arctic_jax.pallas_kernels.add_rms_norm.reference import rms_norm
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
 from arctic_jax.pallas_kernels.norm_linear import norm_linear
@@ -92,15 +91,6 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
-def column_parallel(x: Array, weight: Array) -> Array:
-    """`x [T, in]` times `weight [..., in]` to `[T, ...]`.
-
-    As one matrix product: with more than two dimensions XLA would transpose the weight first.
-    """
-    out = jnp.einsum("ti,oi->to", x, weight.reshape(-1, weight.shape[-1]))
-    return out.reshape(x.shape[0], *weight.shape[:-1])
-
-
 class Embed(nnx.Module):
     """Token embedding `[vocab, hidden]`, split over the vocabulary; also the output projection."""
 
@@ -135,16 +125,6 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Normalise `x [..., size]`."""
         return rms_norm(x, self.weight[...], self.epsilon)
-
-    def after_add(self, x: Array, delta: Array) -> tuple[Array, Array]:
-        """`x + delta [T, size]`, and its normalisation."""
-        return add_rms_norm(
-            x,
-            delta,
-            self.weight[...],
-            epsilon=self.epsilon,
-            implementation=self.implementation,
-        )
 
     def linear(
         self, x: Array, delta: Array, weight: Array, bias: Array | None, *, gated: bool = False
@@ -193,17 +173,21 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Array,
+        delta: Array,
+        norm: RMSNorm,
         rope: tuple[Array, Array],
         batch: ForwardBatch,
         k_cache: Array,
         v_cache: Array,
         layout: MeshLayout,
-    ) -> tuple[Array, Array, Array]:
-        """`x [T/SP, hidden]` to the same shape, with the layer's caches after the write."""
-        qkv = column_parallel(x, self.qkv[...])
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...]
-        qkv = layout.to_heads(qkv)
+    ) -> tuple[Array, Array, Array, Array]:
+        """`x` and `delta [T/SP, hidden]` to their sum and the attention of its norm.
+
+        With the layer's caches after the write.
+        """
+        weight, bias = self.qkv[...], None if self.qkv_bias is None else self.qkv_bias[...]
+        x, qkv = norm.linear(x, delta, weight, bias)
+        qkv = layout.to_heads(qkv.reshape(-1, *weight.shape[:-1]))
         tokens, groups, _ = qkv.shape
         norms = {}
         if self.q_norm is not None and self.k_norm is not None:
@@ -237,7 +221,7 @@ class Attention(nnx.Module):
         out = layout.reduce(out.reshape(x.shape[0], -1) @ self.output[...])
         if self.output_bias is not None:
             out = out + self.output_bias[...]
-        return out, k_cache, v_cache
+        return x, out, k_cache, v_cache
 
 
 class GatedMLP(nnx.Module):

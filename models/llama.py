@@ -53,8 +53,9 @@ class DecoderLayer(nnx.Module):
         layout: MeshLayout,
     ) -> tuple[Array, Array, Array, Array]:
         """`x` and `delta [T/SP, hidden]` of this layer to those of the next, with its caches."""
-        x, normed = self.attention_norm.after_add(x, delta)
-        delta, k_cache, v_cache = self.attention(normed, rope, batch, k_cache, v_cache, layout)
+        x, delta, k_cache, v_cache = self.attention(
+            x, delta, self.attention_norm, rope, batch, k_cache, v_cache, layout
+        )
         x, delta = self.mlp(x, delta, self.mlp_norm, layout)
         return x, delta, k_cache, v_cache
 
