@@ -57,7 +57,7 @@ class ProgramStore:
     def __init__(self, directory: Path | None, devices: Sequence[Any], *owner: object) -> None:
         self._directory = directory
         self._devices = tuple(devices)
-        self._owner = repr((_environment(self._devices), owner))
+        self._owner = repr((environment(self._devices), owner))
         if directory is not None and directory.is_dir():
             _remove_unused(directory)
 
@@ -103,8 +103,8 @@ class ProgramStore:
         return self._directory / f"{digest}.program"
 
 
-def _environment(devices: Sequence[Any]) -> tuple[object, ...]:
-    """Return what the programs of this process depend on, whoever makes them."""
+def environment(devices: Sequence[Any]) -> tuple[object, ...]:
+    """Return what programs, and their speed, depend on, whoever makes them."""
     sources = hashlib.sha256()
     package = Path(__file__).parents[1]
     for folder, _, names in sorted(package.walk(follow_symlinks=True)):

@@ -1,13 +1,16 @@
 """The model on its devices: weights, cache, programs, and one step at a time.
 
-Owned by the engine thread. `ModelRunner.run` packs a `ScheduledBatch` into the bucket that fits,
-runs the program and brings the results to the host.
+Owned by the engine thread. `ModelRunner.launch` packs a `ScheduledBatch` into the layout and bucket
+picked for it, starts the program and lets the results come to the host.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from arctic_jax import weights
+from arctic_jax import weight_views, weights
 from arctic_jax.batch import (
     Bucket,
     HostOutput,
@@ -29,15 +32,17 @@ from arctic_jax.batch import (
 )
 from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
 from arctic_jax.engine import program_store
+from arctic_jax.engine.crossover import Crossover, CrossoverStore, probe, tokens_to_measure
+from arctic_jax.engine.layout_picker import LayoutPicker
 from arctic_jax.engine.packer import StepPacker
-from arctic_jax.engine.programs import ProgramCache
+from arctic_jax.engine.programs import Leaves, ProgramCache
 from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
 from arctic_jax.kv_cache import KVCacheSpec
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
-from arctic_jax.progress import Report, counted
+from arctic_jax.progress import Report, counted, silent
 from arctic_jax.request import Request
-from arctic_jax.shift_parallel import make_mesh, shift, ulysses
+from arctic_jax.shift_parallel import MeshLayout, make_mesh, shift, ulysses
 from arctic_jax.weights import Checkpoint, ParameterSpec
 
 logger = logging.getLogger(__name__)
@@ -47,9 +52,18 @@ MAX_PROMPT_ROWS = 256
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step that the device computes."""
+    """A step that the device computes.
+
+    Attributes:
+        scheduled: what it computes.
+        layout: how.
+        num_padded_tokens: tokens of the program's shape.
+        output: a packed `StepOutput`.
+    """
 
     scheduled: ScheduledBatch
+    layout: MeshLayout
+    num_padded_tokens: int
     output: jax.Array
 
     def wait(self) -> HostOutput:
@@ -84,35 +98,39 @@ class ModelRunner:
         tp, sp = parallel.tensor_parallel_size, parallel.ulysses_sequence_parallel_size
         self.model_config = model_config
         self.mesh = make_mesh(tp, sp, devices)
-        # Where the weights are placed, and then where else they are used.
-        layouts = [ulysses(tp, sp)] if sp > 1 else [shift(tp, sp)]
-        if sp > 1 and parallel.enable_shift_parallel:
-            layouts.append(shift(tp, sp))
+        # The weights are placed for the last one, the coarser; see `LayoutPicker`.
+        self.layouts = [shift(tp, sp)] if sp == 1 or parallel.enable_shift_parallel else []
+        self.layouts += [ulysses(tp, sp)] if sp > 1 else []
+        self.limits = limits
         self.max_num_seqs = limits.max_num_seqs
         max_tokens = limits.max_num_batched_tokens
         self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens)
-        self.buckets = bucket_ladder(self.max_num_seqs, max_tokens, self.max_prompt_rows, sp)
-
+        self._ladders = {
+            layout: bucket_ladder(
+                self.max_num_seqs, max_tokens, self.max_prompt_rows, sp if layout.tokens else 1
+            )
+            for layout in self.layouts
+        }
         self.max_model_len = _max_model_len(config.load.max_model_len, model_config)
         self.dtype = _compute_dtype(config.load.dtype, model_config)
         num_devices = parallel.num_devices
         implementation = config.load.implementation
         model = nnx.eval_shape(lambda: model_class(model_config, num_devices, implementation))
         self.leaves, partitions, model = self._load(model, config, checkpoint, report)
-
         self.cache_spec = KVCacheSpec(
             num_layers=model_config.num_hidden_layers,
             num_kv_heads=model.num_kv_groups,
             head_dim=model_config.head_dim,
             block_size=config.cache.block_size,
             dtype=self.dtype,
-            partition=PartitionSpec(None, self.layout.devices or None),
+            partition=PartitionSpec(None, self.layouts[-1].devices or None),
         )
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
-        max_rows = max(bucket.num_rows for bucket in self.buckets)
+        buckets = [bucket for ladder in self._ladders.values() for bucket in ladder]
+        max_rows = max(bucket.num_rows for bucket in buckets)
         self.programs = ProgramCache(
             model,
-            {self.layout: partitions},
+            partitions,
             self.mesh,
             self.cache_spec,
             self.max_blocks_per_seq,
@@ -129,7 +147,6 @@ class ModelRunner:
                 f"the cache, there is room for {self.num_blocks} ({room} tokens); set a smaller "
                 "max_model_len or give the cache more memory"
             )
-        self._compile(report)
         self.cache = self.cache_spec.allocate(self.num_blocks, self.mesh)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         self.state = jax.device_put(
@@ -137,16 +154,15 @@ class ModelRunner:
         )
         shape = (max_rows, StepOutput.width(config.scheduler.max_logprobs))
         self._output = jax.device_put(np.zeros(shape, np.int32), replicated)
-        self.packer = StepPacker(
-            self.max_num_seqs,
-            self.max_blocks_per_seq,
-            self.cache_spec.block_size,
-            model_config.vocab_size,
-        )
+        self.packer = self._new_packer()
         self._rows = _SamplerRows(model_config.vocab_size)
-        decode = [bucket for bucket in self.buckets if bucket.max_query_len == 1]
+        decode = [bucket for bucket in buckets if bucket.max_query_len == 1]
         largest = max(packed_size(bucket, self.max_blocks_per_seq) for bucket in decode)
         self._guards = _set_room_aside(4 * max(largest, self._output.size), self.mesh)
+        self.crossover = self._find_crossover(parallel.shift_parallel_threshold, report)
+        self.picker = LayoutPicker(self._ladders, self.crossover.threshold)
+        advance = counted(report, "Compiling step programs", len(self.picker.steps))
+        self.programs.compile(self.picker.steps, self.num_blocks, advance)
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start a step; its results are still on their way."""
@@ -154,17 +170,13 @@ class ModelRunner:
             row = self._rows.changed(part.request) if part.samples else None
             if row is not None:
                 self.state = self.programs.set_row(self.state, part.request.slot, *row)
-        bucket = Bucket.fit(scheduled, self.buckets)
-        packed = self.packer.pack(scheduled, bucket)
-        self.cache, self.state, self._output = self.programs.run(
-            self.layout, bucket, self.leaves, self.cache, self.state, self._output, packed
-        )
-        output = self.programs.copy(self._output)
+        layout, bucket = self.picker.pick(scheduled)
+        output = self._start(layout, bucket, self.packer.pack(scheduled, bucket))
         if jax.default_backend() == "cpu" and self.mesh.size > 1:
             # Forced CPU devices share threads: collectives of two steps would wait for each other.
             output.block_until_ready()
         output.copy_to_host_async()
-        return LaunchedStep(scheduled, output)
+        return LaunchedStep(scheduled, layout, bucket.num_tokens, output)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
@@ -176,13 +188,17 @@ class ModelRunner:
         config: EngineConfig,
         checkpoint: Checkpoint | None,
         report: Report,
-    ) -> tuple[tuple[jax.Array, ...], tuple[PartitionSpec, ...], LlamaForCausalLM]:
-        """Place the weights; return them as a flat tuple, and the module with their dtypes."""
+    ) -> tuple[
+        dict[MeshLayout, Leaves], dict[MeshLayout, tuple[PartitionSpec, ...]], LlamaForCausalLM
+    ]:
+        """Place the weights; return them flat for each layout, and the module with their dtypes."""
+        named = named_parameters(model)
+        axes = [variable.get_metadata("axis") for variable in named.values()]
+        partitions = {layout: tuple(map(layout.partition, axes)) for layout in self.layouts}
+        coarse = partitions[self.layouts[-1]]
         parameters = {
-            path: ParameterSpec(
-                variable.shape, self.dtype, self.layout.partition(variable.get_metadata("axis"))
-            )
-            for path, variable in named_parameters(model).items()
+            path: ParameterSpec(variable.shape, self.dtype, partition)
+            for (path, variable), partition in zip(named.items(), coarse, strict=True)
         }
         advance = counted(report, "Loading weights", len(parameters))
         if checkpoint is None:
@@ -190,13 +206,80 @@ class ModelRunner:
         else:
             sources = model.weight_sources()
             placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
-        partitions = tuple(spec.partition for spec in parameters.values())
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
-        return tuple(placed[path] for path in parameters), partitions, abstract
+        leaves = {self.layouts[-1]: tuple(placed[path] for path in parameters)}
+        if len(self.layouts) == 2:
+            few, many = self.layouts
+            leaves[few] = self._finer(leaves[many], partitions[few])
+        return leaves, partitions, abstract
 
-    def _compile(self, report: Report) -> None:
-        advance = counted(report, "Compiling step programs", len(self.buckets))
-        self.programs.compile_all((self.layout,), self.buckets, self.num_blocks, advance)
+    def _finer(self, leaves: Leaves, partitions: Sequence[PartitionSpec]) -> Leaves:
+        """Return the weights in the layout for few tokens: no second copy, see `weight_views`."""
+        views, copied = [], 0
+        for leaf, partition in zip(leaves, partitions, strict=True):
+            view, nbytes = weight_views.finer(leaf, NamedSharding(self.mesh, partition))
+            views.append(view)
+            copied += nbytes
+        if copied:
+            logger.info("shift parallelism: %.1f MB of weights are copied", copied / 1e6)
+        return tuple(views)
+
+    def _new_packer(self) -> StepPacker:
+        return StepPacker(
+            self.max_num_seqs,
+            self.max_blocks_per_seq,
+            self.cache_spec.block_size,
+            self.model_config.vocab_size,
+        )
+
+    def _start(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> jax.Array:
+        """Start a program; return its packed `StepOutput`."""
+        self.cache, self.state, self._output = self.programs.run(
+            layout, bucket, self.leaves[layout], self.cache, self.state, self._output, packed
+        )
+        return self.programs.copy(self._output)
+
+    def _find_crossover(self, threshold: int | None, report: Report) -> Crossover:
+        """Return the one that the user set, that was measured at an earlier start, or is now."""
+        if threshold is not None or len(self.layouts) == 1:
+            return Crossover(threshold or 0)
+        store = CrossoverStore(
+            program_store.environment(self.mesh.devices.flatten().tolist()),
+            *(self.mesh.shape, self.model_config, self.dtype, self.limits, self.max_model_len),
+        )
+        return store.load() or self.measure_crossover(store, report)
+
+    def measure_crossover(self, store: CrossoverStore, report: Report = silent) -> Crossover:
+        """Time steps of both layouts, while no request runs; keep what is found."""
+        few, many = self.layouts
+        multiple = self.mesh.shape["sp"]
+        counts = tokens_to_measure(multiple, self.limits.max_num_batched_tokens)
+        blocks = min(self.max_blocks_per_seq, self.num_blocks)
+        steps = {}
+        for layout, count in itertools.product(self.layouts, counts):
+            scheduled = probe(count, self.limits, self.max_model_len, blocks)
+            bucket = Bucket.fit(scheduled, self._ladders[layout])
+            steps[layout, count] = bucket, self._new_packer().pack(scheduled, bucket)
+        programs = {(layout, bucket) for (layout, _), (bucket, _) in steps.items()}
+        advance = counted(report, "Compiling programs to measure", len(programs))
+        self.programs.compile(programs, self.num_blocks, advance)
+        times = {layout: [] for layout in self.layouts}
+        advance = counted(report, "Measuring layouts", len(steps))
+        for (layout, _), (bucket, packed) in steps.items():
+            times[layout].append(self._milliseconds(layout, bucket, packed))
+            advance()
+        crossover = Crossover.of(counts, times[few], times[many])
+        store.save(crossover)
+        return crossover
+
+    def _milliseconds(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> float:
+        """Median time of a step."""
+        elapsed = []
+        for _ in range(7):
+            start = time.perf_counter()
+            self._start(layout, bucket, packed).block_until_ready()
+            elapsed.append((time.perf_counter() - start) * 1e3)
+        return statistics.median(elapsed[2:])
 
     def _blocks_that_fit(self, cache: CacheConfig) -> int:
         """Size the cache: a share of the memory, on a GPU what weights and programs leave."""
@@ -208,8 +291,9 @@ class ModelRunner:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             budget = int(memory * cache.cpu_memory_share)
             return min(most, budget // self.cache_spec.bytes_per_block)
-        largest = self.buckets[-1]
-        workspace = self.programs.workspace_bytes(self.layout, largest, self.max_blocks_per_seq)
+        layout = self.layouts[-1]
+        largest = self._ladders[layout][-1]
+        workspace = self.programs.workspace_bytes(layout, largest, self.max_blocks_per_seq)
         workspace -= self.max_blocks_per_seq * per_device  # the cache itself is among the outputs
         state = SamplerState.bytes(self.max_num_seqs, self.model_config.vocab_size)
         free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])

@@ -23,7 +23,7 @@ import jaxlib
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams
-from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest
+from arctic_jax.batch import ScheduledBatch, ScheduledRequest
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
@@ -77,7 +77,7 @@ def main() -> None:
             # The token before the last: its block is there.
             tuple(ScheduledRequest(r, r.num_computed_tokens - 1, 1, 1, False) for r in running)
         )
-        bucket = Bucket.fit(scheduled, runner.buckets)
+        _, bucket = runner.picker.pick(scheduled)
         pack = median_ms(lambda s=scheduled, b=bucket: runner.packer.pack(s, b))
 
         def launch(s: ScheduledBatch = scheduled) -> jax.Array:
