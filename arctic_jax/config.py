@@ -227,6 +227,8 @@ class SchedulerConfig:
     them; `None`: 2048, on a CPU 256."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_logprobs: int = 20
+    step_log: str | None = None
+    """File that gets a line of JSON for every step: layout, tokens, milliseconds."""
 
     def __post_init__(self) -> None:
         _positive("max_num_seqs", self.max_num_seqs)

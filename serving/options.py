@@ -81,6 +81,9 @@ def engine_options(
     implementation: Annotated[
         str | None, _option(help="Of every kernel: xla or mosaic_gpu; by default the best here.")
     ] = LoadConfig.implementation,
+    step_log: Annotated[
+        str | None, _option(help="Write layout, tokens and time of each step to this file.")
+    ] = None,
     seed: Annotated[
         int | None, _option(help="Of sampling, of random prompts and of dummy weights.")
     ] = None,

@@ -17,6 +17,7 @@ from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
+from arctic_jax.engine.step_log import StepLog
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
@@ -63,6 +64,7 @@ class EngineCore:
             by_priority=config.scheduler.scheduling_policy == "priority",
         )
         self.outputs = OutputProcessor(self.tokenizer)
+        self.step_log = StepLog(config.scheduler.step_log)
         self._groups: dict[str, RequestGroup] = {}
         self._group_of: dict[Request, RequestGroup] = {}
         self._num_requests = 0
@@ -134,6 +136,14 @@ class EngineCore:
             if step is None:
                 return []
             output = step.wait()
+            batch = step.scheduled
+            self.step_log.add(
+                step.launched,
+                step.layout.name,
+                len(batch.requests),
+                batch.num_tokens,
+                step.num_padded_tokens,
+            )
         except BaseException:  # nobody may build on what these requests were about to write
             self._in_flight = None
             parts = (*scheduled.requests, *(step.scheduled.requests if step else ()))

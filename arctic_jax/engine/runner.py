@@ -58,12 +58,14 @@ class LaunchedStep:
         scheduled: what it computes.
         layout: how.
         num_padded_tokens: tokens of the program's shape.
+        launched: when, a `time.perf_counter()`.
         output: a packed `StepOutput`.
     """
 
     scheduled: ScheduledBatch
     layout: MeshLayout
     num_padded_tokens: int
+    launched: float
     output: jax.Array
 
     def wait(self) -> HostOutput:
@@ -163,6 +165,7 @@ class ModelRunner:
         self.picker = LayoutPicker(self._ladders, self.crossover.threshold)
         advance = counted(report, "Compiling step programs", len(self.picker.steps))
         self.programs.compile(self.picker.steps, self.num_blocks, advance)
+        self._warm_up()
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start a step; its results are still on their way."""
@@ -171,12 +174,14 @@ class ModelRunner:
             if row is not None:
                 self.state = self.programs.set_row(self.state, part.request.slot, *row)
         layout, bucket = self.picker.pick(scheduled)
-        output = self._start(layout, bucket, self.packer.pack(scheduled, bucket))
+        packed = self.packer.pack(scheduled, bucket)
+        launched = time.perf_counter()
+        output = self._start(layout, bucket, packed)
         if jax.default_backend() == "cpu" and self.mesh.size > 1:
             # Forced CPU devices share threads: collectives of two steps would wait for each other.
             output.block_until_ready()
         output.copy_to_host_async()
-        return LaunchedStep(scheduled, layout, bucket.num_tokens, output)
+        return LaunchedStep(scheduled, layout, bucket.num_tokens, launched, output)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
@@ -272,6 +277,16 @@ class ModelRunner:
         store.save(crossover)
         return crossover
 
+    def _warm_up(self) -> None:
+        """Run every program: on a GPU the first runs make its graph, which takes some 10 ms."""
+        if self.mesh.devices.flat[0].platform == "gpu":
+            scheduled = probe(1, self.limits, self.max_model_len, 1)
+            for layout, bucket in self.picker.steps:
+                packed = self._new_packer().pack(scheduled, bucket)
+                for _ in range(2):
+                    self._start(layout, bucket, packed)
+            jax.block_until_ready(self._output)
+
     def _milliseconds(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> float:
         """Median time of a step."""
         elapsed = []
@@ -311,7 +326,7 @@ def _set_room_aside(size: int, mesh: Mesh) -> list[jax.Array]:
     step's intermediate results lay, which then move, and the host must change every node of the
     step's CUDA graph.
     """
-    if mesh.devices.flat[0].platform != "gpu" or os.environ.get("NOHOLES"):
+    if mesh.devices.flat[0].platform != "gpu":
         return []
     replicated = NamedSharding(mesh, PartitionSpec())
     holes, guards = [], []

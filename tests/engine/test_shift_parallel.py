@@ -1,17 +1,25 @@
 """Both layouts in one engine: the same tokens, the same weights, the same cache."""
 
 import itertools
+import re
+from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
 import plain_model
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_engine import CONFIG, GREEDY, make_engine, make_tensors, run
 
-from arctic_jax.batch import Bucket, ScheduledBatch
+from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.crossover import Crossover
 from arctic_jax.engine.layout_picker import LayoutPicker
-from arctic_jax.shift_parallel import MeshLayout
+from arctic_jax.engine.runner import ModelRunner
+from arctic_jax.request import Request, SamplingParams
+from arctic_jax.shift_parallel import MeshLayout, shift, ulysses
 
 TENSORS = make_tensors()
 MESHES = [(1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2)]
@@ -72,3 +80,118 @@ def test_another_layout_every_step(tp: int, sp: int) -> None:
     steps = [(layout, bucket) for layout, ladder in runner._ladders.items() for bucket in ladder]
     runner.programs.compile(steps, runner.num_blocks)
     assert answers(engine) == expected()
+
+
+def test_measured_crossover_is_kept_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = shifting_engine(1, 2)
+    found = first.runner.crossover
+    assert found.tokens == (8, 16, 32)
+    assert all(ms > 0 for ms in (*found.few_ms, *found.many_ms))
+    assert answers(first) == expected()
+    monkeypatch.setattr(ModelRunner, "measure_crossover", lambda *_: pytest.fail("measured again"))
+    assert shifting_engine(1, 2).runner.crossover == found
+    (kept,) = (tmp_path / "arctic_jax" / "crossovers").iterdir()
+    kept.write_text('{"tokens": [8]}')
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        shifting_engine(1, 2)
+
+
+def test_the_crossover_is_where_the_layout_for_few_first_loses() -> None:
+    of = Crossover.of
+    assert of([8, 16, 32, 64], [1, 1, 3, 1], [2, 1, 2, 2]).threshold == 16
+    assert of([8, 16], [3, 1], [2, 2]).threshold == 0
+    assert of([8, 16], [1, 1], [2, 2]).threshold == 16
+
+
+@pytest.mark.parametrize(
+    ("tp", "sp", "heads", "kv_heads"),
+    [
+        (1, 4, 8, 1),  # one key/value head on four devices
+        (2, 2, 8, 2),  # two on four
+        (1, 8, 8, 4),
+        (3, 2, 12, 6),  # no powers of two
+        (2, 3, 12, 2),
+    ],
+)
+def test_head_counts(tp: int, sp: int, heads: int, kv_heads: int) -> None:
+    config = CONFIG | {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": 96,
+        "vocab_size": 61,
+    }
+    prompts = [[token % 61 for token in prompt] for prompt in PROMPTS[:3]]
+    engine = shifting_engine(tp, sp, config, shift_parallel_threshold=4)
+    assert answers(engine, prompts) == expected(config, prompts)
+
+
+def test_weights_are_not_stored_twice() -> None:
+    engine = shifting_engine(2, 2, shift_parallel_threshold=4)
+    few, many = (engine.runner.leaves[layout] for layout in engine.runner.layouts)
+    for fine, coarse in zip(few, many, strict=True):
+        for view, whole in zip(fine.addressable_shards, coarse.addressable_shards, strict=True):
+            offset = view.data.unsafe_buffer_pointer() - whole.data.unsafe_buffer_pointer()
+            assert 0 <= offset <= whole.data.nbytes - view.data.nbytes
+
+
+def test_collectives_of_the_programs() -> None:
+    engine = shifting_engine(2, 2, shift_parallel_threshold=4)
+    runner, layers = engine.runner, CONFIG["num_hidden_layers"]
+    shards = {
+        s.data.shape for ls in runner.leaves.values() for x in ls for s in x.addressable_shards
+    }
+    matrices = {",".join(map(str, shape)) for shape in shards if len(shape) > 1}
+    for layout, bucket in runner.picker.steps:
+        text = str(runner.programs._programs[layout, bucket].as_text())
+        count = Counter(re.findall(r" (all-[a-z-]+|reduce-scatter|collective-permute)\(", text))
+        # One reduction after the embedding and two a layer; one gather of the logits.
+        if layout.name == "shift":
+            assert count == {"all-reduce": 1 + 2 * layers, "all-gather": 1}
+        else:
+            assert count == {
+                "all-to-all": 2 * layers,
+                "all-reduce": 1 + 2 * layers,  # over tp
+                "reduce-scatter": 1,  # the embedding's over sp: each device keeps its tokens
+                "all-gather": 2,  # of the tokens, where the batch narrows, and of the logits
+            }
+        assert matrices.isdisjoint(re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    threshold=st.integers(0, 80),
+    sp=st.integers(1, 4),
+    max_num_seqs=st.integers(1, 12),
+    max_tokens=st.integers(1, 64),
+    lengths=st.lists(st.integers(1, 64), min_size=1, max_size=12),
+)
+def test_every_step_has_a_program(
+    threshold: int, sp: int, max_num_seqs: int, max_tokens: int, lengths: list[int]
+) -> None:
+    """Also at the threshold and one past it; and few programs serve nobody."""
+    few, many = shift(1, sp), ulysses(1, sp)
+    ladders = {
+        layout: bucket_ladder(max_num_seqs, max_tokens, min(8, max_tokens), multiple)
+        for layout, multiple in ((few, 1), (many, sp))
+    }
+    picker = LayoutPicker(ladders, threshold)
+    lengths = lengths[:max_num_seqs]
+    while sum(lengths) > max_tokens:
+        lengths[lengths.index(max(lengths))] -= 1
+    scheduled = ScheduledBatch(
+        tuple(ScheduledRequest(request_of(n), 0, n, 1, True) for n in lengths if n)
+    )
+    if not scheduled.requests:
+        return
+    layout, bucket = picker.pick(scheduled)
+    assert (layout == few) == (scheduled.num_tokens <= threshold or few == many)
+    assert (layout, bucket) in picker.steps
+    assert bucket.fits(scheduled)
+    assert bucket == Bucket.fit(scheduled, ladders[layout])  # the threshold costs no padding
+
+
+def request_of(length: int) -> Request:
+    return Request("r", 0, [0] * length, SamplingParams(temperature=0), 1)
