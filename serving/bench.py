@@ -1,8 +1,12 @@
-"""`arctic-jax bench`: latency of one batch, throughput of many requests. JSON keys are vLLM's."""
+"""`arctic-jax bench`: latency of one batch, throughput of many requests, layouts of a step.
+
+The JSON of the first two has the keys of `vllm bench`.
+"""
 
 import json
 import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +57,7 @@ def latency(
     rows = {"average": f"{average:.4f} s"}
     rows |= {f"p{p}": f"{value:.4f} s" for p, value in percentiles.items()}
     rows["output tokens/s"] = f"{batch_size * output_len / average:.1f}"
+    rows["padding"] = f"{llm.engine.step_log.padding:.1%} of the computed tokens"
     _print(f"Latency: {batch_size} x ({input_len} in, {output_len} out)", rows)
     _write(output_json, results, engine)
 
@@ -96,12 +101,43 @@ def throughput(
         "tokens_per_second": total / elapsed,
         "total_output_tokens": generated,
         "output_tokens_per_second": generated / elapsed,
+        "padding": llm.engine.step_log.padding,
         **_times(outputs),
     }
     _print(
         f"Throughput: {len(outputs)} requests of {dataset_name}",
         {name.replace("_", " "): f"{value:,.2f}" for name, value in results.items()},
     )
+    _write(output_json, results, engine)
+
+
+@command(app, "layouts")
+def layouts(
+    engine: dict[str, Any],
+    again: Annotated[bool, typer.Option("--again", help="Measure even if it was before.")] = False,
+    output_json: OutputJson = None,
+) -> None:
+    """Show how long a step takes in both layouts of shift parallelism, and where it shifts."""
+    if engine["ulysses_sequence_parallel_size"] < 2 or not engine["enable_shift_parallel"]:
+        raise ValueError(
+            "there are two layouts only with --ulysses-sequence-parallel-size of at least 2 and "
+            "--shift-parallel"
+        )
+    engine["shift_parallel_threshold"] = None
+    runner = make_llm(engine).engine.runner
+    crossover = runner.measure_crossover() if again else runner.crossover
+    few, many = (layout.name for layout in runner.layouts)
+    table = Table(title=f"Milliseconds a step; {few} up to {crossover.threshold} tokens")
+    for column in ("tokens", few, many):
+        table.add_column(column, justify="right")
+    table.add_column(f"{few} ░, {many} █")
+    longest = max(*crossover.few_ms, *crossover.many_ms)
+    times = zip(crossover.few_ms, crossover.many_ms, strict=True)
+    for tokens, (first, second) in zip(crossover.tokens, times, strict=True):
+        bars = ["░" * round(30 * first / longest), "█" * round(30 * second / longest)]
+        table.add_row(f"{tokens:,}", f"{first:.2f}", f"{second:.2f}", "\n".join(bars))
+    stdout.print(table)
+    results = {"layouts": [few, many], "crossover": asdict(crossover)}
     _write(output_json, results, engine)
 
 

@@ -248,14 +248,16 @@ class ModelRunner:
         """Return the one that the user set, that was measured at an earlier start, or is now."""
         if threshold is not None or len(self.layouts) == 1:
             return Crossover(threshold or 0)
-        store = CrossoverStore(
+        return self._crossover_store().load() or self.measure_crossover(report)
+
+    def _crossover_store(self) -> CrossoverStore:
+        return CrossoverStore(
             program_store.environment(self.mesh.devices.flatten().tolist()),
             *(self.mesh.shape, self.model_config, self.dtype, self.limits, self.max_model_len),
         )
-        return store.load() or self.measure_crossover(store, report)
 
-    def measure_crossover(self, store: CrossoverStore, report: Report = silent) -> Crossover:
-        """Time steps of both layouts, while no request runs; keep what is found."""
+    def measure_crossover(self, report: Report = silent) -> Crossover:
+        """Time steps of both layouts and keep what is found on disk; before any request."""
         few, many = self.layouts
         multiple = self.mesh.shape["sp"]
         counts = tokens_to_measure(multiple, self.limits.max_num_batched_tokens)
@@ -274,7 +276,7 @@ class ModelRunner:
             times[layout].append(self._milliseconds(layout, bucket, packed))
             advance()
         crossover = Crossover.of(counts, times[few], times[many])
-        store.save(crossover)
+        self._crossover_store().save(crossover)
         return crossover
 
     def _warm_up(self) -> None:
