@@ -166,8 +166,9 @@ class LoadConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How one engine is spread over P = tensor · Ulysses devices."""
+    """How many engines there are, and how each is spread over P = tensor · Ulysses devices."""
 
+    data_parallel_size: int = 1
     tensor_parallel_size: int = 1
     ulysses_sequence_parallel_size: int = 1
     enable_shift_parallel: bool = True
@@ -176,6 +177,7 @@ class ParallelConfig:
     """Most tokens of such a step; `None`: measured at the first start."""
 
     def __post_init__(self) -> None:
+        _positive("data_parallel_size", self.data_parallel_size)
         _positive("tensor_parallel_size", self.tensor_parallel_size)
         _positive("ulysses_sequence_parallel_size", self.ulysses_sequence_parallel_size)
         if self.shift_parallel_threshold is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from arctic_jax.config import DEFAULT_MODEL, EngineConfig
-from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.replicas import Engine, make_engine
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.progress import Report, bars
 from arctic_jax.request import RequestOutput, RequestOutputKind, SamplingParams
@@ -44,7 +44,7 @@ class LLM:
         config = EngineConfig.from_keywords(model=str(model), **options)
         self._progress = progress
         with bars(progress) as report:
-            self.engine = EngineCore(config, report)
+            self.engine = make_engine(config, report)
         self._ids = itertools.count()
         # The newest state of each request that its caller has not looked at yet: a stream may be
         # read while another one, or a call of `generate`, runs the steps.
@@ -161,7 +161,7 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forget the cached prefixes."""
-        self.engine.scheduler.pool.reset_prefix_cache()
+        self.engine.reset_prefix_cache()
 
     def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
         text, token_ids, salt = parse_prompt(prompt, self.engine)
@@ -208,9 +208,7 @@ def _interrupts_held() -> Iterator[None]:
             usual(*held[0])
 
 
-def parse_prompt(
-    prompt: Prompt, engine: EngineCore
-) -> tuple[str | None, Sequence[int], str | None]:
+def parse_prompt(prompt: Prompt, engine: Engine) -> tuple[str | None, Sequence[int], str | None]:
     """Return a prompt's text (if it has one), its token ids and its cache salt.
 
     Raises:

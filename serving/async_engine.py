@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from arctic_jax.config import DEFAULT_MODEL, EngineConfig
-from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.replicas import Engine, make_engine
 from arctic_jax.errors import EngineDeadError
 from arctic_jax.llm import Prompt, parse_prompt
 from arctic_jax.progress import bars
@@ -41,13 +41,13 @@ class AsyncEngine:
         model: str = DEFAULT_MODEL,
         *,
         progress: bool = False,
-        engine: EngineCore | None = None,
+        engine: Engine | None = None,
         **options: Any,
     ) -> None:
         if engine is None:
             config = EngineConfig.from_keywords(model=str(model), **options)
             with bars(progress) as report:
-                engine = EngineCore(config, report)
+                engine = make_engine(config, report)
         self.engine = engine
         self._inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._mailboxes: dict[str, _Mailbox] = {}  # touched by the engine's thread only

@@ -39,6 +39,8 @@ def latency(
     """Time a batch from its start to its last token."""
     import numpy as np
 
+    from arctic_jax.engine.step_log import padding
+
     # The same prompts every round, as in vLLM: a prefix cache would answer all rounds but one.
     engine["enable_prefix_caching"] = False
     llm = make_llm(engine)
@@ -57,7 +59,7 @@ def latency(
     rows = {"average": f"{average:.4f} s"}
     rows |= {f"p{p}": f"{value:.4f} s" for p, value in percentiles.items()}
     rows["output tokens/s"] = f"{batch_size * output_len / average:.1f}"
-    rows["padding"] = f"{llm.engine.step_log.padding:.1%} of the computed tokens"
+    rows["padding"] = f"{padding(llm.engine.step_logs):.1%} of the computed tokens"
     _print(f"Latency: {batch_size} x ({input_len} in, {output_len} out)", rows)
     _write(output_json, results, engine)
 
@@ -80,6 +82,8 @@ def throughput(
         raise ValueError(f"--dataset-name must be random or custom, got {dataset_name!r}")
     if (dataset_path is None) != (dataset_name == "random"):
         raise ValueError(f"--dataset-path {dataset_path} does not go with {dataset_name!r}")
+    from arctic_jax.engine.step_log import padding
+
     llm = make_llm(engine)
     if dataset_path is None:
         prompts = _random_prompts(llm, num_prompts, input_len, engine.get("seed", 0))
@@ -101,7 +105,7 @@ def throughput(
         "tokens_per_second": total / elapsed,
         "total_output_tokens": generated,
         "output_tokens_per_second": generated / elapsed,
-        "padding": llm.engine.step_log.padding,
+        "padding": padding(llm.engine.step_logs),
         **_times(outputs),
     }
     _print(
@@ -123,8 +127,13 @@ def layouts(
             "there are two layouts only with --ulysses-sequence-parallel-size of at least 2 and "
             "--shift-parallel"
         )
+    from arctic_jax.config import EngineConfig
+    from arctic_jax.engine.core import EngineCore
+    from arctic_jax.progress import bars
+
     engine["shift_parallel_threshold"] = None
-    runner = make_llm(engine).engine.runner
+    with bars() as report:
+        runner = EngineCore(EngineConfig.from_keywords(**engine), report).runner
     crossover = runner.measure_crossover() if again else runner.crossover
     few, many = (layout.name for layout in runner.layouts)
     table = Table(title=f"Milliseconds a step; {few} up to {crossover.threshold} tokens")

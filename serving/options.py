@@ -62,6 +62,9 @@ def engine_options(
         bool,
         _option("--prefix-caching/--no-prefix-caching", help="Keep blocks of shared prefixes."),
     ] = CacheConfig.enable_prefix_caching,
+    data_parallel_size: Annotated[
+        int, _option("--data-parallel-size", "-dp", help="Engines, each on devices of its own.")
+    ] = ParallelConfig.data_parallel_size,
     tensor_parallel_size: Annotated[
         int, _option("--tensor-parallel-size", "-tp", help="Devices that split the weights.")
     ] = ParallelConfig.tensor_parallel_size,

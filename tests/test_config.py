@@ -11,6 +11,7 @@ from arctic_jax.errors import UnsupportedModelError
 
 COUNTS = (
     "max_model_len",
+    "data_parallel_size",
     "tensor_parallel_size",
     "ulysses_sequence_parallel_size",
     "block_size",

@@ -16,6 +16,7 @@ from tiny_checkpoint import EOS, decode, encode, write_checkpoint
 from tiny_engine import CONFIG, make_tensors
 
 from arctic_jax import LLM, RequestOutput, SamplingParams
+from arctic_jax.engine.core import EngineCore
 from arctic_jax.errors import ChatTemplateError, CheckpointError, InvalidRequestError
 from arctic_jax.request import CompletionOutput, Logprob
 
@@ -31,6 +32,11 @@ DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_new_tokens": 5,
 
 
 @pytest.fixture(scope="module")
+def core_of(llm: LLM) -> EngineCore:
+    assert isinstance(llm.engine, EngineCore)
+    return llm.engine
+
+
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), generation_config=DEFAULTS)
 
@@ -48,12 +54,12 @@ def llm(shared_llm: LLM) -> Any:
 
 
 def check_nothing_is_left(llm: LLM) -> None:
-    llm.engine.check()
-    pool = llm.engine.scheduler.pool
+    core_of(llm).check()
+    pool = core_of(llm).scheduler.pool
     assert pool.num_free == pool.num_blocks
-    assert not llm.engine.has_requests
-    assert not llm.engine._groups
-    assert not llm.engine._group_of
+    assert not core_of(llm).has_requests
+    assert not core_of(llm)._groups
+    assert not core_of(llm)._group_of
     assert not llm._unread
 
 
@@ -413,9 +419,9 @@ def test_logprobs(llm: LLM) -> None:
 
 def test_the_prompt_of_several_answers_is_reported_once(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=1, max_tokens=2, prompt_logprobs=1)
-    llm.engine.add_request("a", encode("Hello"), params)
-    rows = sum(part.num_rows for part in llm.engine.scheduler.schedule().requests)
-    llm.engine.abort("a")
+    core_of(llm).add_request("a", encode("Hello"), params)
+    rows = sum(part.num_rows for part in core_of(llm).scheduler.schedule().requests)
+    core_of(llm).abort("a")
     assert rows == 5 + 2
     llm.reset_prefix_cache()  # what was scheduled was not computed
     output = llm.generate("Hello", params)[0]
@@ -525,7 +531,7 @@ def test_an_interrupt_leaves_the_engine_usable(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, steps: int, before: bool
 ) -> None:
     """Also in the moment when the old cache is given away and the new one not yet here."""
-    programs = llm.engine.runner.programs
+    programs = core_of(llm).runner.programs
     run, count = programs.run, 0
 
     def interrupted(*arguments: Any) -> Any:
@@ -549,7 +555,7 @@ def test_an_interrupt_leaves_the_engine_usable(
 
 
 def test_an_interrupt_while_prompts_are_queued(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, count = llm.engine.scheduler.add, 0
+    add, count = core_of(llm).scheduler.add, 0
 
     def interrupted(request: Any) -> None:
         nonlocal count
@@ -559,7 +565,7 @@ def test_an_interrupt_while_prompts_are_queued(llm: LLM, monkeypatch: pytest.Mon
         add(request)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.scheduler, "add", interrupted)
+        patch.setattr(core_of(llm).scheduler, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["Hello"] * 4, SamplingParams(n=2))
 
@@ -572,7 +578,7 @@ def test_a_step_that_fails_leaves_no_empty_blocks_to_be_found(
 
     prompts = ["a prompt of a step that fails", "another such prompt"]
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner.programs, "run", fail)
+        patch.setattr(core_of(llm).runner.programs, "run", fail)
         with pytest.raises(MemoryError):
             llm.generate(prompts, greedy())
     check_nothing_is_left(llm)

@@ -7,6 +7,7 @@ import numpy as np
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.replicas import Engine
 from arctic_jax.loading.model_files import ModelFiles
 from arctic_jax.loading.tokenizer import numbered_tokenizer
 from arctic_jax.request import RequestOutput, SamplingParams
@@ -81,10 +82,20 @@ class TensorsInMemory:
         return tensor if tensor.ndim == 1 else tensor[:, columns]
 
 
-def make_engine(
-    config: dict[str, Any] = CONFIG, tensors: dict[str, np.ndarray] | None = None, **options: Any
-) -> EngineCore:
-    """An engine of the tiny model; `options` as for `LLM`."""
+def make_files(
+    config: dict[str, Any] = CONFIG, tensors: dict[str, np.ndarray] | None = None
+) -> ModelFiles:
+    """The tiny model as if it had been opened."""
+    return ModelFiles(
+        config,
+        TensorsInMemory(make_tensors(config) if tensors is None else tensors),
+        numbered_tokenizer(config["vocab_size"]),
+        {},
+    )
+
+
+def options_of(**options: Any) -> dict[str, Any]:
+    """Options as for `LLM`, with small defaults."""
     defaults: dict[str, Any] = {
         "max_num_seqs": 4,
         "max_num_batched_tokens": 32,
@@ -92,16 +103,18 @@ def make_engine(
         "num_blocks": 64,
         "dtype": "float32",
     }
-    files = ModelFiles(
-        config,
-        TensorsInMemory(make_tensors(config) if tensors is None else tensors),
-        numbered_tokenizer(config["vocab_size"]),
-        {},
-    )
-    return EngineCore(EngineConfig.from_keywords(**(defaults | options)), files=files)
+    return defaults | options
 
 
-def run(engine: EngineCore, max_steps: int = 10_000) -> dict[str, RequestOutput]:
+def make_engine(
+    config: dict[str, Any] = CONFIG, tensors: dict[str, np.ndarray] | None = None, **options: Any
+) -> EngineCore:
+    """An engine of the tiny model; `options` as for `LLM`."""
+    files = make_files(config, tensors)
+    return EngineCore(EngineConfig.from_keywords(**options_of(**options)), files=files)
+
+
+def run(engine: Engine, max_steps: int = 10_000) -> dict[str, RequestOutput]:
     """Step until everything is done; the last output of each request."""
     done = {}
     for _ in range(max_steps):

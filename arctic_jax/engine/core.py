@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 
@@ -34,6 +35,8 @@ class EngineCore:
         config: what the user set.
         report: told how far downloading, loading and compiling are.
         files: an opened model, for those who have one; else `config.load.model` is resolved.
+        devices: those to use; `None` for the first ones.
+        replica: which of several equal engines this is.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, CheckpointError: see `arctic_jax.errors`.
@@ -45,6 +48,8 @@ class EngineCore:
         config: EngineConfig,
         report: Report = silent,
         files: ModelFiles | None = None,
+        devices: Sequence[Any] | None = None,
+        replica: int = 0,
     ) -> None:
         _prepare_jax(config)
         self.config = config
@@ -52,7 +57,9 @@ class EngineCore:
         self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)
         model_config = cls.config_from_hf(self.files.config)
-        self.runner = ModelRunner(config, limits, cls, model_config, self.files.checkpoint, report)
+        self.runner = ModelRunner(
+            config, limits, cls, model_config, self.files.checkpoint, report, devices
+        )
         self.tokenizer = self.files.tokenizer
         self.max_model_len = self.runner.max_model_len
         self.scheduler = Scheduler(
@@ -64,7 +71,8 @@ class EngineCore:
             by_priority=config.scheduler.scheduling_policy == "priority",
         )
         self.outputs = OutputProcessor(self.tokenizer)
-        self.step_log = StepLog(config.scheduler.step_log)
+        self.step_log = StepLog(config.scheduler.step_log, replica)
+        self._replica = replica
         self._groups: dict[str, RequestGroup] = {}
         self._group_of: dict[Request, RequestGroup] = {}
         self._num_requests = 0
@@ -172,6 +180,15 @@ class EngineCore:
         """Whether there is anything to do."""
         return self.scheduler.has_requests
 
+    @property
+    def step_logs(self) -> list[StepLog]:
+        """One an engine; here one."""
+        return [self.step_log]
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the cached prefixes."""
+        self.scheduler.pool.reset_prefix_cache()
+
     def check(self) -> None:
         """Check that no block is leaked.
 
@@ -224,7 +241,7 @@ class EngineCore:
                 raise InvalidRequestError(f"{name} must be at most {most}, got {value}.", name)
 
     def _default_seed(self) -> int:
-        return self.config.load.seed * 1_000_003 + self._num_requests
+        return self.config.load.seed * 1_000_003 + (self._replica << 40) + self._num_requests
 
     def _spellings(self, word: str) -> list[tuple[int, ...]]:
         """Token sequences of a bad word, at the start of a text and after a space."""

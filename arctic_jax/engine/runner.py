@@ -6,12 +6,14 @@ picked for it, starts the program and lets the results come to the host.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import statistics
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +50,8 @@ from arctic_jax.weights import Checkpoint, ParameterSpec
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_ROWS = 256
+
+_cpu_collectives = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -176,10 +180,8 @@ class ModelRunner:
         layout, bucket = self.picker.pick(scheduled)
         packed = self.packer.pack(scheduled, bucket)
         launched = time.perf_counter()
-        output = self._start(layout, bucket, packed)
-        if jax.default_backend() == "cpu" and self.mesh.size > 1:
-            # Forced CPU devices share threads: collectives of two steps would wait for each other.
-            output.block_until_ready()
+        with self._alone():
+            output = self._start(layout, bucket, packed)
         output.copy_to_host_async()
         return LaunchedStep(scheduled, layout, bucket.num_tokens, launched, output)
 
@@ -243,6 +245,19 @@ class ModelRunner:
             layout, bucket, self.leaves[layout], self.cache, self.state, self._output, packed
         )
         return self.programs.copy(self._output)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other program run where two would wait for each other.
+
+        Forced CPU devices share threads, and each device's part of a collective keeps one.
+        """
+        if jax.default_backend() != "cpu" or self.mesh.size == 1:
+            yield
+            return
+        with _cpu_collectives:
+            yield
+            self._output.block_until_ready()
 
     def _find_crossover(self, threshold: int | None, report: Report) -> Crossover:
         """Return the one that the user set, that was measured at an earlier start, or is now."""

@@ -73,6 +73,11 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self.running or self.waiting)
 
+    @property
+    def num_requests(self) -> int:
+        """Running and waiting ones."""
+        return len(self._order)
+
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's tokens and allocate their blocks; empty if there are none."""
         chosen: list[ScheduledRequest] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class StepRecord:
     """One step.
 
     Attributes:
+        replica: which of several equal engines.
         step: counted from 0.
         time: when its results were there, seconds since the epoch.
         ms: from when the device could begin (it was launched, and the one before was done).
@@ -25,6 +27,7 @@ class StepRecord:
         num_padded_tokens: tokens that were computed.
     """
 
+    replica: int
     step: int
     time: float
     ms: float
@@ -49,12 +52,14 @@ class StepLog:
 
     Args:
         path: gets a line of JSON a step, appended; `None` for no file.
+        replica: which of several equal engines this is.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, replica: int = 0) -> None:
+        self._replica = replica
         self.totals: dict[str, StepTotals] = {}
         self._path = None if path is None else Path(path)
         if self._path is not None:
@@ -76,6 +81,7 @@ class StepLog:
         totals.padded_tokens += num_padded_tokens
         if self._path is not None:
             record = StepRecord(
+                self._replica,
                 self._count,
                 time.time(),
                 round(seconds * 1e3, 3),
@@ -88,8 +94,9 @@ class StepLog:
                 file.write(json.dumps(asdict(record)) + "\n")
         self._count += 1
 
-    @property
-    def padding(self) -> float:
-        """Share of the computed tokens that were padding."""
-        computed = sum(totals.padded_tokens for totals in self.totals.values())
-        return 1 - sum(t.tokens for t in self.totals.values()) / computed if computed else 0.0
+
+def padding(logs: Iterable[StepLog]) -> float:
+    """Share of the computed tokens that were padding."""
+    totals = [totals for log in logs for totals in log.totals.values()]
+    computed = sum(t.padded_tokens for t in totals)
+    return 1 - sum(t.tokens for t in totals) / computed if computed else 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_engine import GREEDY, make_engine, run
 
-from arctic_jax.engine.step_log import StepLog
+from arctic_jax.engine.step_log import StepLog, padding
 
 
 def test_steps_of_a_request(tmp_path: Path) -> None:
@@ -21,12 +21,12 @@ def test_steps_of_a_request(tmp_path: Path) -> None:
     totals = engine.step_log.totals["shift"]
     assert (totals.steps, totals.tokens) == (len(steps), 40 + GREEDY.max_tokens - 1)
     padded = sum(step["num_padded_tokens"] for step in steps)
-    assert engine.step_log.padding == pytest.approx(1 - totals.tokens / padded)
+    assert padding(engine.step_logs) == pytest.approx(1 - totals.tokens / padded)
 
 
 def test_times_of_overlapping_steps_add_up() -> None:
     log = StepLog()
-    assert log.padding == 0
+    assert padding([log]) == 0
     for _ in range(2):  # both were launched long ago: the second began when the first was done
         log.add(0.0, "shift", 1, 3, 4)
     totals = log.totals["shift"]
