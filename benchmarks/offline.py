@@ -14,6 +14,7 @@ import logging
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=8448)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--ulysses-sequence-parallel-size", type=int, default=1)
+    parser.add_argument("--no-shift-parallel", action="store_true")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--input-len", type=int, default=1024)
     parser.add_argument("--output-len", type=int, default=128)
@@ -62,6 +66,9 @@ def main() -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_mixed_tokens=args.max_num_mixed_tokens,
         enable_prefix_caching=False,
+        tensor_parallel_size=args.tensor_parallel_size,
+        ulysses_sequence_parallel_size=args.ulysses_sequence_parallel_size,
+        enable_shift_parallel=not args.no_shift_parallel,
     )
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -70,6 +77,9 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "ready_s": time.perf_counter() - start,
         "num_blocks": llm.engine.runner.num_blocks,
+        "cache_tokens": llm.engine.runner.num_blocks * llm.engine.config.cache.block_size,
+        "crossover": asdict(llm.engine.runner.crossover),
+        "bytes_in_use": [(d.memory_stats() or {}).get("bytes_in_use") for d in jax.devices()],
     }
     print(f"ready after {result['ready_s']:.1f} s, {result['num_blocks']} blocks", flush=True)
 
