@@ -38,7 +38,8 @@ from arctic_jax.engine.crossover import Crossover, CrossoverStore, probe, tokens
 from arctic_jax.engine.layout_picker import LayoutPicker
 from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import Leaves, ProgramCache
-from arctic_jax.engine.sampler import IN_PROMPT, SamplerState
+from arctic_jax.engine.sampler import SamplerState
+from arctic_jax.engine.sampler_rows import SamplerRows
 from arctic_jax.kv_cache import KVCacheSpec
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
@@ -161,7 +162,7 @@ class ModelRunner:
         shape = (max_rows, StepOutput.width(config.scheduler.max_logprobs))
         self._output = jax.device_put(np.zeros(shape, np.int32), replicated)
         self.packer = self._new_packer()
-        self._rows = _SamplerRows(model_config.vocab_size)
+        self._rows = SamplerRows(model_config.vocab_size)
         decode = [bucket for bucket in buckets if bucket.max_query_len == 1]
         largest = max(packed_size(bucket, self.max_blocks_per_seq) for bucket in decode)
         self._guards = _set_room_aside(4 * max(largest, self._output.size), self.mesh)
@@ -352,57 +353,6 @@ def _set_room_aside(size: int, mesh: Mesh) -> list[jax.Array]:
         guards.append(jax.device_put(np.zeros(1, np.uint8), replicated))
     jax.block_until_ready((holes, guards))
     return guards
-
-
-class _SamplerRows:
-    """The host's side of `SamplerState`: what each row should hold, and whether it does."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self._held: dict[Request, tuple[int, int, frozenset[int]]] = {}
-
-    def changed(self, request: Request) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return `seen` and `bias` if the device's row is not what the request needs now."""
-        if not request.params.adjusts_logits:
-            return None
-        banned = self._banned(request)
-        # After a preemption the row is another, or has been used by another request.
-        key = (request.slot, request.num_preemptions, banned)
-        if self._held.get(request) == key:
-            return None
-        self._held[request] = key
-        seen = np.zeros(self.vocab_size, np.int32)
-        np.add.at(seen, request.output_token_ids, 1)
-        seen[request.prompt_token_ids] |= IN_PROMPT
-        return seen, self._bias(request, banned)
-
-    def forget(self, request: Request) -> None:
-        """Drop an ended request."""
-        self._held.pop(request, None)
-
-    def _banned(self, request: Request) -> frozenset[int]:
-        """Tokens that must not come next: ends before `min_tokens`, and ends of bad words."""
-        params, output = request.params, request.output_token_ids
-        banned: set[int] = set()
-        if len(output) < params.min_tokens:
-            banned |= request.eos_token_ids | set(params.stop_token_ids or ())
-        for word in request.bad_words_ids:
-            length = len(word) - 1
-            if length == 0 or tuple(output[-length:]) == word[:-1]:
-                banned.add(word[-1])
-        # A tokenizer, or a list of end-of-sequence tokens, may know more ids than the model has.
-        return frozenset(token for token in banned if 0 <= token < self.vocab_size)
-
-    def _bias(self, request: Request, banned: frozenset[int]) -> np.ndarray:
-        params = request.params
-        bias = np.zeros(self.vocab_size, np.float32)
-        if params.allowed_token_ids is not None:
-            bias[:] = -np.inf
-            bias[list(params.allowed_token_ids)] = 0
-        for token, value in (params.logit_bias or {}).items():
-            bias[token] += value
-        bias[list(banned)] = -np.inf
-        return bias
 
 
 def _max_model_len(wanted: int | None, model_config: ModelConfig) -> int:

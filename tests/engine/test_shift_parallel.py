@@ -1,9 +1,11 @@
 """Both layouts in one engine: the same tokens, the same weights, the same cache."""
 
+import gc
 import itertools
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +44,7 @@ class Alternating(LayoutPicker):
         return layout, Bucket.fit(scheduled, self._ladders[layout])
 
 
-def shifting_engine(tp: int, sp: int, config: dict = CONFIG, **options) -> EngineCore:
+def shifting_engine(tp: int, sp: int, config: dict = CONFIG, **options: Any) -> EngineCore:
     if jax.device_count() < tp * sp:
         pytest.skip(f"{jax.device_count()} devices")
     tensors = TENSORS if config is CONFIG else make_tensors(config)
@@ -72,14 +74,92 @@ def test_any_threshold_gives_the_same_tokens(threshold: int) -> None:
     assert layouts == {0: {"ulysses"}, 4: {"ulysses", "shift"}, 10**6: {"shift"}}[threshold]
 
 
-@pytest.mark.parametrize(("tp", "sp"), MESHES)
-def test_another_layout_every_step(tp: int, sp: int) -> None:
-    engine = shifting_engine(tp, sp, shift_parallel_threshold=0, num_blocks=26)
+def alternating_engine(tp: int, sp: int, config: dict = CONFIG, **options: Any) -> EngineCore:
+    engine = shifting_engine(tp, sp, config, shift_parallel_threshold=0, **options)
     runner = engine.runner
     runner.picker = Alternating(runner._ladders)
     steps = [(layout, bucket) for layout, ladder in runner._ladders.items() for bucket in ladder]
     runner.programs.compile(steps, runner.num_blocks)
+    return engine
+
+
+@pytest.mark.parametrize(("tp", "sp"), MESHES)
+def test_another_layout_every_step(tp: int, sp: int) -> None:
+    # Blocks for two and a half of the four requests: they preempt each other. Three requests at
+    # once are no multiple of the devices.
+    engine = alternating_engine(tp, sp, num_blocks=26, max_num_seqs=3)
     assert answers(engine) == expected()
+    assert answers(engine) == expected()  # now with what is left of the prefixes in the cache
+
+
+def test_biases_and_tied_embeddings_have_finer_shards_too() -> None:
+    config = CONFIG | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+    }
+    tensors = make_tensors(config)
+    for layer in range(config["num_hidden_layers"]):
+        for i, name in enumerate("qkv"):
+            weight = tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
+            bias = np.random.default_rng(i).normal(size=len(weight)).astype(np.float32)
+            tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = bias
+    sizes = {"tensor_parallel_size": 2, "ulysses_sequence_parallel_size": 2}
+    alone = answers(make_engine(config, tensors))
+    for threshold in (0, 4, 100):
+        engine = make_engine(config, tensors, **sizes, shift_parallel_threshold=threshold)
+        assert answers(engine) == alone
+
+
+def test_everything_else_works_in_both_layouts() -> None:
+    """Draws, penalties, log-probabilities, prompts in chunks: as on one device."""
+    params = SamplingParams(
+        temperature=0.8,
+        top_k=20,
+        top_p=0.9,
+        seed=7,
+        max_tokens=10,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        logit_bias={5: 2.0},
+        logprobs=3,
+        prompt_logprobs=2,
+    )
+    found = []
+    for engine in (make_engine(CONFIG, TENSORS), alternating_engine(2, 2)):
+        for i, prompt in enumerate(PROMPTS):
+            engine.add_request(str(i), prompt, params)
+        done = run(engine)
+        found.append([done[str(i)] for i in range(len(PROMPTS))])
+    for one, four in zip(*found, strict=True):
+        assert one.outputs[0].token_ids == four.outputs[0].token_ids
+        pairs = zip(one.outputs[0].logprobs, four.outputs[0].logprobs, strict=True)
+        prompt_pairs = zip(one.prompt_logprobs[1:], four.prompt_logprobs[1:], strict=True)
+        for expected_ones, actual in (*pairs, *prompt_pairs):
+            assert actual.keys() == expected_ones.keys()
+            for token, entry in expected_ones.items():
+                assert actual[token].logprob == pytest.approx(entry.logprob, abs=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_second_layout_takes_no_memory() -> None:
+    if jax.default_backend() != "gpu" or jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    used = []
+    config = CONFIG | {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8}
+    for enabled in (False, True):
+        engine = make_engine(
+            config,
+            make_tensors(config),
+            ulysses_sequence_parallel_size=2,
+            enable_shift_parallel=enabled,
+            shift_parallel_threshold=4 if enabled else None,
+        )
+        used.append([d.memory_stats()["bytes_in_use"] for d in jax.devices()[:2]])
+        del engine
+        gc.collect()
+    for before, after in zip(*used, strict=True):
+        assert abs(after - before) < 0.01 * before
 
 
 def test_measured_crossover_is_kept_on_disk(
