@@ -24,3 +24,15 @@ all="--batches 1 16 64 --prefill 8 8192 --throughput 256"
 bench 8b_sp4_shift --ulysses-sequence-parallel-size 4 $all
 bench 8b_tp4 --tensor-parallel-size 4 $all
 bench 8b_sp4 --ulysses-sequence-parallel-size 4 --no-shift-parallel $all
+
+# The same bursts for every way to use four GPUs.
+traffic() { # name, options of benchmarks/traffic.py
+    echo "== traffic, $1 ($SECONDS s)"
+    timeout 200 "$python" benchmarks/traffic.py --model $model --load-format dummy \
+        --seconds 40 --rate 5 --burst 60 --out "$out/traffic_$1.json" "${@:2}" 2>&1 |
+        grep -v -e '━' -e ' uses '
+}
+traffic shift --ulysses-sequence-parallel-size 4
+traffic tp4 --tensor-parallel-size 4
+traffic sp4 --ulysses-sequence-parallel-size 4 --no-shift-parallel
+traffic dp4 --data-parallel-size 4
