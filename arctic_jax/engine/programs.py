@@ -156,7 +156,9 @@ class ProgramCache:
             token_ids = jnp.where(known, batch.token_ids, drawn)
             batch = dataclasses.replace(batch, token_ids=token_ids)
             logits, cache = model(batch, cache, layout)
-            output, state = sampler.sample(logits, batch, state, self._max_logprobs)
+            output, state = sampler.sample(
+                logits, batch, state, self._max_logprobs, model.implementation
+            )
             # An update in place of `before` makes XLA's CPU compiler crash on several devices.
             rows = jnp.pad(output.pack(), ((0, self._max_rows - bucket.num_rows), (0, 0)))
             return cache, state, rows

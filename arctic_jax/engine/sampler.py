@@ -53,11 +53,16 @@ def set_row(state: SamplerState, row: Array, seen: Array, bias: Array) -> Sample
 
 
 def sample(
-    logits: Array, batch: ForwardBatch, state: SamplerState, max_logprobs: int
+    logits: Array,
+    batch: ForwardBatch,
+    state: SamplerState,
+    max_logprobs: int,
+    implementation: str | None = None,
 ) -> tuple[StepOutput, SamplerState]:
     """Draw a token for each row of `logits [R, vocab]` (float32), and report log-probabilities.
 
-    Log-probabilities are those of the model, before penalties, temperature and the rest.
+    Log-probabilities are those of the model, before penalties, temperature and the rest. For
+    `implementation` see `dispatch.resolve`.
     """
     seq = batch.row_seq
     # Rows of prompt positions and of padding draw for nobody, so they take the likeliest.
@@ -77,10 +82,13 @@ def sample(
         batch.top_p[seq],
         batch.seed[seq],
         batch.row_step,
+        implementation=implementation,
     )
     # Rows without state fall outside and are dropped.
     counted = jnp.where(state_row >= 0, state_row, state.seen.shape[0])
     seen = state.seen.at[counted, tokens].add(1, mode="drop")
     target = jnp.where(draws, tokens, batch.row_target)
-    report = logprobs(logits, target, batch.want_logprobs, top=max_logprobs)
+    report = logprobs(
+        logits, target, batch.want_logprobs, top=max_logprobs, implementation=implementation
+    )
     return StepOutput(tokens, finite, *report), SamplerState(seen=seen, bias=state.bias)
