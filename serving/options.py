@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,9 +96,15 @@ def engine_options(
 
 
 def make_llm(engine: dict[str, Any]) -> "LLM":
-    """Build the engine, with a progress bar for download, load and compile."""
+    """Build the engine, with a progress bar for download, load and compile, and what it logs."""
+    from rich.logging import RichHandler
+
     from arctic_jax import LLM
 
+    log = logging.getLogger("arctic_jax")
+    if not log.handlers:
+        log.addHandler(RichHandler(console=stderr, show_time=False, show_path=False))
+        log.setLevel(logging.INFO)
     return LLM(**engine)
 
 

@@ -204,6 +204,7 @@ class ModelRunner:
             for (path, variable), partition in zip(named.items(), coarse, strict=True)
         }
         advance = counted(report, "Loading weights", len(parameters))
+        start = time.perf_counter()
         if checkpoint is None:
             placed = weights.random(parameters, self.mesh, config.load.seed, advance)
         elif isinstance(checkpoint, OrbaxCheckpoint):
@@ -211,6 +212,10 @@ class ModelRunner:
         else:
             sources = model.weight_sources()
             placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
+        gigabytes = sum(array.nbytes for array in jax.block_until_ready(placed).values()) / 1e9
+        seconds = time.perf_counter() - start
+        rate = gigabytes / seconds
+        logger.info("loaded %.2f GB of weights in %.1f s (%.1f GB/s)", gigabytes, seconds, rate)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
         leaves = {self.layouts[-1]: tuple(placed[path] for path in parameters)}
         if len(self.layouts) == 2:
