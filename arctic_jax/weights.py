@@ -217,9 +217,7 @@ def _place(spec: ParameterSpec, source: Source, checkpoint: Checkpoint, mesh: Me
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
 
-def _put(
-    rows: np.ndarray[Any, Any], dtype: jnp.dtype, devices: Sequence[Any]
-) -> list[jax.Array]:
+def _put(rows: np.ndarray[Any, Any], dtype: jnp.dtype, devices: Sequence[Any]) -> list[jax.Array]:
     """Copy to each device. What is a transpose is transposed there."""
     transposed = rows.ndim == 2 and rows.strides[0] < rows.strides[1]
     host = np.ascontiguousarray(rows.T if transposed else rows, dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Manifest:
         num_devices: P, for which weights were fused.
         num_kv_copies: how often the fused weights hold each key/value head.
         shapes: of the parameters, by their dotted paths.
+        files: bytes of each file of the parameters, by its path within the directory.
         version: of this format.
     """
 
@@ -43,18 +44,15 @@ class Manifest:
     num_devices: int
     num_kv_copies: int
     shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, int] = field(default_factory=dict)
     version: int = VERSION
-
-    def save(self, directory: Path) -> None:
-        """Write it into a directory, as the last file: with it the directory can be loaded."""
-        (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
-        """Read it back.
+        """Read it back, and see that all files are there.
 
         Raises:
-            CheckpointError: it is damaged or of another version of the format.
+            CheckpointError: it is damaged, of another version, or a file has not its size.
         """
         path = directory / MANIFEST
         try:
@@ -65,18 +63,25 @@ class Manifest:
                     "convert the model anew"
                 )
             values["shapes"] = {name: tuple(shape) for name, shape in values["shapes"].items()}
-            return cls(**values)
+            manifest = cls(**values)
+            files = {directory / name: int(size) for name, size in manifest.files.items()}
         except CheckpointError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        for file, size in files.items():
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise CheckpointError(f"{file} {state}")
+        return manifest
 
 
 class OrbaxCheckpoint:
     """A directory that `arctic-jax convert` wrote.
 
     Raises:
-        CheckpointError: its manifest is damaged or of another version.
+        CheckpointError: a file is missing or truncated, the manifest damaged or of another version.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -159,9 +164,9 @@ class OrbaxCheckpoint:
 
 
 def write(directory: Path, arrays: Iterable[Mapping[str, jax.Array]], manifest: Manifest) -> None:
-    """Write parameters, a part (see `parts`) at a time, and then the manifest.
+    """Write parameters, a part (see `parts`) at a time; their manifest last.
 
-    A device's rows of an array become one piece on disk.
+    A device's rows of an array become one piece on disk. Without the manifest nothing is loaded.
     """
     import orbax.checkpoint as ocp
 
@@ -169,7 +174,10 @@ def write(directory: Path, arrays: Iterable[Mapping[str, jax.Array]], manifest: 
         for part in arrays:
             folder = directory / _PARAMETERS / _part(next(iter(part)))
             checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(dict(part)))
-    manifest.save(directory)
+    files = [path for path in (directory / _PARAMETERS).rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(directory)): path.stat().st_size for path in sorted(files)}
+    text = json.dumps(asdict(replace(manifest, files=sizes)), indent=1)
+    (directory / MANIFEST).write_text(text + "\n", "utf-8")
 
 
 def parts(paths: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
