@@ -125,9 +125,9 @@ def test_other_numbers_of_devices_are_refused(original, tmp_path):
     convert(original, tmp_path / "two", 2)
     convert(original, tmp_path / "four", 4)
     load(tmp_path / "two", CONFIG, 1, 1)
-    with pytest.raises(CheckpointError, match="made for 2 devices, not for 4; .*--devices 4"):
+    with pytest.raises(CheckpointError, match=r"made for 2 devices, not for 4; .*--devices 4"):
         load(tmp_path / "two", CONFIG, 2, 2)
-    with pytest.raises(CheckpointError, match="4 devices, with 2 copies .* not for 2; "):
+    with pytest.raises(CheckpointError, match=r"4 devices, with 2 copies .* not for 2; "):
         load(tmp_path / "four", CONFIG, 1, 2)
     with pytest.raises(ValueError, match="cannot be split over 3 devices"):
         convert(original, tmp_path / "three", 3)
