@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arctic_jax.serving import bench
-from arctic_jax.serving.options import command, make_llm, stderr, stdout
+from arctic_jax.serving.options import command, make_llm, show_log, stderr, stdout
 
 if TYPE_CHECKING:
     from arctic_jax import LLM, RequestOutput, SamplingParams
@@ -39,6 +39,7 @@ app.add_typer(models_app, name="models")
 
 def main() -> None:
     """Run the command line."""
+    show_log()
     app()
 
 

@@ -95,16 +95,20 @@ def engine_options(
     return keywords
 
 
-def make_llm(engine: dict[str, Any]) -> "LLM":
-    """Build the engine, with a progress bar for download, load and compile, and what it logs."""
+def show_log() -> None:
+    """Show what the engine has to say, such as how long loading took, between progress bars."""
     from rich.logging import RichHandler
 
+    log = logging.getLogger("arctic_jax.engine")
+    log.addHandler(RichHandler(console=stderr, show_level=False, show_time=False, show_path=False))
+    log.setLevel(logging.INFO)
+    log.propagate = False  # libraries put handlers of their own at the root
+
+
+def make_llm(engine: dict[str, Any]) -> "LLM":
+    """Build the engine, with a progress bar for download, load and compile."""
     from arctic_jax import LLM
 
-    log = logging.getLogger("arctic_jax")
-    if not log.handlers:
-        log.addHandler(RichHandler(console=stderr, show_time=False, show_path=False))
-        log.setLevel(logging.INFO)
     return LLM(**engine)
 
 

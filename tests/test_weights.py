@@ -120,7 +120,7 @@ class CountingCheckpoint:
     ],
 )
 def test_every_number_is_read_once_and_by_the_part(checkpoint, tp, sp, partition, parts):
-    """Also where several devices hold the same; four groups copy each key/value head."""
+    """Also where devices hold the same; four groups have two copies of each key/value head."""
     mesh, counting = make_mesh(tp, sp), CountingCheckpoint(checkpoint)
     groups = max(KV_HEADS, parts)
     sources = {

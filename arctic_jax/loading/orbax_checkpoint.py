@@ -174,6 +174,7 @@ def write(directory: Path, arrays: Iterable[Mapping[str, jax.Array]], manifest: 
         for part in arrays:
             folder = directory / _PARAMETERS / _part(next(iter(part)))
             checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(dict(part)))
+            del part  # before the next one is made
     files = [path for path in (directory / _PARAMETERS).rglob("*") if path.is_file()]
     sizes = {str(path.relative_to(directory)): path.stat().st_size for path in sorted(files)}
     text = json.dumps(asdict(replace(manifest, files=sizes)), indent=1)
