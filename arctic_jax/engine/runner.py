@@ -212,10 +212,11 @@ class ModelRunner:
         else:
             sources = model.weight_sources()
             placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
-        gigabytes = sum(array.nbytes for array in jax.block_until_ready(placed).values()) / 1e9
-        seconds = time.perf_counter() - start
-        rate = gigabytes / seconds
-        logger.info("loaded %.2f GB of weights in %.1f s (%.1f GB/s)", gigabytes, seconds, rate)
+        if checkpoint is not None:
+            gigabytes = sum(array.nbytes for array in jax.block_until_ready(placed).values()) / 1e9
+            seconds = time.perf_counter() - start
+            rate = gigabytes / seconds
+            logger.info("loaded %.2f GB of weights in %.1f s (%.1f GB/s)", gigabytes, seconds, rate)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
         leaves = {self.layouts[-1]: tuple(placed[path] for path in parameters)}
         if len(self.layouts) == 2:

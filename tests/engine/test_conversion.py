@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def test_every_parameter_of_every_kind_of_model(name, tmp_path):
 
 
 @pytest.mark.parametrize(("tp", "sp", "num_devices"), [(1, 1, None), (2, 2, 4), (1, 4, 4)])
-def test_the_same_logits_bit_for_bit(original, tmp_path, tp, sp, num_devices):
+def test_the_same_logits_bit_for_bit(original, tmp_path, tp, sp, num_devices, caplog):
     """On one device too, where the weights are laid out for two."""
     convert(original, tmp_path / "converted", num_devices)
     config = EngineConfig.from_keywords(
@@ -88,6 +89,7 @@ def test_the_same_logits_bit_for_bit(original, tmp_path, tp, sp, num_devices):
         **SMALL,
     )
     answers = []
+    caplog.set_level("INFO", "arctic_jax.engine")
     for model in (original, LoadConfig(model=str(tmp_path / "converted"))):
         engine = EngineCore(config, files=open_model(model))
         params = SamplingParams(temperature=0, max_tokens=6, logprobs=20, ignore_eos=True)
@@ -95,6 +97,9 @@ def test_the_same_logits_bit_for_bit(original, tmp_path, tp, sp, num_devices):
         (answer,) = run(engine)["0"].outputs
         answers.append((answer.token_ids, answer.logprobs))
     assert answers[0] == answers[1]
+    said = [message for message in caplog.messages if message.startswith("loaded")]
+    assert len(said) == 2
+    assert all(re.fullmatch(r"loaded 0.00 GB of weights in .* s \(.* GB/s\)", m) for m in said)
 
 
 def test_the_files_beside_the_weights(original, tmp_path):
