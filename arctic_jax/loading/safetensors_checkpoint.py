@@ -2,7 +2,7 @@
 
 The directory holds `model.safetensors`, or `model.safetensors.index.json` with the shards that it
 names, as Hugging Face writes them. The library checks the files and their headers; the numbers are
-read here, because the library copies them twice while it holds Python's lock.
+read here, because the library's reads do not get faster with threads.
 """
 
 from __future__ import annotations
