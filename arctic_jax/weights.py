@@ -7,7 +7,9 @@ for each of its parameters, the `Source` that produces such a range from the che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from arctic_jax.errors import CheckpointError
 
 ALL_ROWS = slice(None)
+READERS = 4
+"""Threads that read parameters. Each holds a device's part of one on the host."""
 
 
 class Checkpoint(Protocol):
@@ -39,7 +43,10 @@ class Checkpoint(Protocol):
     def read(
         self, name: str, rows: slice = ALL_ROWS, columns: slice = ALL_ROWS
     ) -> np.ndarray[Any, Any]:
-        """Read `tensor[rows]`, or `tensor[rows, columns]` of a matrix, and nothing else."""
+        """Read `tensor[rows]`, or `tensor[rows, columns]` of a matrix, and nothing else.
+
+        Any thread may call. The result may be a view of a file: read-only, for a short time.
+        """
         ...
 
 
@@ -176,30 +183,50 @@ def load(
     if missing:
         shown = ", ".join(sorted(missing)[:5])
         raise CheckpointError(f"the checkpoint lacks {len(missing)} tensor(s): {shown}")
-    placed = {}
-    for path, spec in parameters.items():
-        placed[path] = _place(spec, sources[path], checkpoint, mesh)
-        on_loaded()
-    return placed
+    readers = ThreadPoolExecutor(READERS)
+    try:
+        reads = {
+            path: readers.submit(_place, spec, sources[path], checkpoint, mesh)
+            for path, spec in parameters.items()
+        }
+        placed = {}
+        for path, read in reads.items():
+            placed[path] = read.result()
+            on_loaded()
+        return placed
+    finally:
+        readers.shutdown(cancel_futures=True)
 
 
 def _place(spec: ParameterSpec, source: Source, checkpoint: Checkpoint, mesh: Mesh) -> jax.Array:
-    read: dict[tuple[int, int], np.ndarray[Any, Any]] = {}  # replicas share one read
-
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
-        start, stop, _ = (index or (slice(None),))[0].indices(spec.shape[0])
-        if (start, stop) not in read:
-            rows = source.read(checkpoint, start, stop)
-            if rows.shape != (stop - start, *spec.shape[1:]):
-                raise CheckpointError(
-                    f"{' + '.join(source.names)} gives rows of shape {rows.shape[1:]}, "
-                    f"the config asks for {spec.shape[1:]}"
-                )
-            read[start, stop] = np.ascontiguousarray(rows, dtype=spec.dtype)
-        return read[start, stop]
-
     sharding = NamedSharding(mesh, spec.partition)
-    return jax.make_array_from_callback(spec.shape, sharding, shard, dtype=spec.dtype)
+    replicas: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        start, stop, _ = (index or (ALL_ROWS,))[0].indices(spec.shape[0])
+        replicas[start, stop].append(device)
+    shards = []
+    for (start, stop), devices in replicas.items():
+        rows = source.read(checkpoint, start, stop)
+        if rows.shape != (stop - start, *spec.shape[1:]):
+            raise CheckpointError(
+                f"{' + '.join(source.names)} gives rows of shape {rows.shape[1:]}, "
+                f"the config asks for {spec.shape[1:]}"
+            )
+        # Waiting keeps what is on the host to one shard a reader.
+        shards += jax.block_until_ready(_put(rows, spec.dtype, devices))
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
+
+
+def _put(rows: np.ndarray[Any, Any], dtype: jnp.dtype, devices: Sequence[Any]) -> list[jax.Array]:
+    """Copy to each device. What is a transpose is transposed there."""
+    transposed = rows.ndim == 2 and rows.strides[0] < rows.strides[1]
+    host = np.ascontiguousarray(rows.T if transposed else rows, dtype)
+    # A file's mapping is no home for parameters: the file may change.
+    arrays = [jax.device_put(host, device, may_alias=False) for device in devices]
+    return [_transpose(array) for array in arrays] if transposed else arrays
+
+
+_transpose = jax.jit(jnp.transpose)
 
 
 def random(

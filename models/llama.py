@@ -69,7 +69,7 @@ class LlamaForCausalLM(nnx.Module):
 
     Args:
         config: its numbers.
-        num_devices: P, the devices of one engine.
+        num_devices: for which weights are fused: the devices of one engine, or a multiple.
         implementation: of every operation, see `pallas_kernels.dispatch`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command line `arctic-jax`: generate, chat, bench, models, env.
+"""The command line `arctic-jax`: generate, chat, convert, bench, models, env.
 
 Runs in the user's terminal; everything it does goes through `LLM`. JAX and transformers are
 imported inside the commands, so that `--help` answers at once.
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arctic_jax.serving import bench
-from arctic_jax.serving.options import command, make_llm, stderr, stdout
+from arctic_jax.serving.options import command, make_llm, show_log, stderr, stdout
 
 if TYPE_CHECKING:
     from arctic_jax import LLM, RequestOutput, SamplingParams
@@ -39,6 +39,7 @@ app.add_typer(models_app, name="models")
 
 def main() -> None:
     """Run the command line."""
+    show_log()
     app()
 
 
@@ -140,6 +141,35 @@ def chat(
             messages.pop()
         else:
             messages.append({"role": "assistant", "content": reply})
+
+
+@command(app, "convert")
+def convert(
+    model: Annotated[str, typer.Argument(help="An alias, a folder, a GGUF file, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    to: Annotated[str, typer.Option(help="The format: orbax.")] = "orbax",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; auto leaves the weights as they are.")
+    ] = "auto",
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Lay the weights out for this many; 8 also serves 1, 2 and 4."),
+    ] = None,
+) -> None:
+    """Write a model as the engine holds it: the fastest to load, each device its own part."""
+    if to != "orbax":
+        raise ValueError(f"--to must be orbax, got {to!r}")
+    import jax
+
+    from arctic_jax.config import LoadConfig
+    from arctic_jax.engine import conversion
+    from arctic_jax.progress import bars
+
+    jax.config.update("jax_platforms", "cpu")  # of GPUs nothing is needed
+    jax.config.update("jax_num_cpu_devices", devices or conversion.USUAL_DEVICES)
+    with bars() as report:
+        conversion.convert(LoadConfig(model=model, dtype=dtype), out, devices, report)
+    stderr.print(Text(f"{out} is ready: arctic-jax generate --model {out}", "dim"))
 
 
 @command(models_app, "list")

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +99,16 @@ def engine_options(
     if seed is None:
         del keywords["seed"]
     return keywords
+
+
+def show_log() -> None:
+    """Show what the engine has to say, such as how long loading took, between progress bars."""
+    from rich.logging import RichHandler
+
+    log = logging.getLogger("arctic_jax.engine")
+    log.addHandler(RichHandler(console=stderr, show_level=False, show_time=False, show_path=False))
+    log.setLevel(logging.INFO)
+    log.propagate = False  # libraries put handlers of their own at the root
 
 
 def make_llm(engine: dict[str, Any]) -> "LLM":

@@ -1,5 +1,8 @@
 """The recipes by which parameters are cut out of checkpoint tensors."""
 
+import threading
+import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import jax
@@ -11,7 +14,8 @@ from safetensors.numpy import save_file
 
 from arctic_jax.errors import CheckpointError
 from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
-from arctic_jax.weights import QKV, Columns, GateUp, ParameterSpec, Rows, load
+from arctic_jax.shift_parallel import make_mesh
+from arctic_jax.weights import QKV, READERS, Columns, GateUp, ParameterSpec, Rows, load
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 8, 2, 4, 12, 16
 RANDOM = np.random.RandomState(0)
@@ -82,6 +86,90 @@ def test_load_places_and_casts(checkpoint):
     np.testing.assert_array_equal(
         jax.device_get(placed["w"]), TENSORS["up"].astype(jnp.dtype(jnp.bfloat16))
     )
+
+
+class CountingCheckpoint:
+    """Counts the numbers that are read of each tensor, and lists the sizes of the reads."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.counts: Counter[str] = Counter()
+        self.sizes: dict[str, set[int]] = defaultdict(set)
+        self.threads: set[int] = set()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoint
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.shape(name)
+
+    def read(self, name: str, *ranges: slice, **named: slice) -> np.ndarray:
+        part = self.checkpoint.read(name, *ranges, **named)
+        self.counts[name] += part.size
+        self.sizes[name].add(part.size)
+        self.threads.add(threading.get_ident())
+        return part
+
+
+@pytest.mark.parametrize(
+    ("tp", "sp", "partition", "parts"),
+    [
+        (1, 1, PartitionSpec(), 1),
+        (2, 2, PartitionSpec("tp"), 2),
+        (1, 4, PartitionSpec(("tp", "sp")), 4),
+    ],
+)
+def test_every_number_is_read_once_and_by_the_part(checkpoint, tp, sp, partition, parts):
+    """Also where devices hold the same; four groups have two copies of each key/value head."""
+    mesh, counting = make_mesh(tp, sp), CountingCheckpoint(checkpoint)
+    groups = max(KV_HEADS, parts)
+    sources = {
+        "qkv": QKV("q", "k", "v", HEADS, KV_HEADS, groups, HEAD_DIM),
+        "gate_up": GateUp("gate", "up", 4),
+        "down": Columns("down"),
+        "norm": Rows("norm"),
+    }
+    shapes = {
+        "qkv": (groups, (HEADS // groups + 2) * HEAD_DIM, HIDDEN),
+        "gate_up": (4, 2, FFN // 4, HIDDEN),
+        "down": (FFN, HIDDEN),
+        "norm": (HIDDEN,),
+    }
+    specs = {
+        path: ParameterSpec(
+            shape, jnp.dtype(jnp.float32), PartitionSpec() if path == "norm" else partition
+        )
+        for path, shape in shapes.items()
+    }
+    placed = load(specs, sources, counting, mesh)
+    for path, spec in specs.items():
+        expected = sources[path].read(checkpoint, 0, spec.shape[0])
+        np.testing.assert_array_equal(jax.device_get(placed[path]), expected)
+    copies = groups // KV_HEADS
+    sizes = {name: tensor.size for name, tensor in TENSORS.items()}
+    assert counting.counts == sizes | {"k": copies * sizes["k"], "v": copies * sizes["v"]}
+    for name in TENSORS.keys() - {"norm", "k", "v"}:
+        assert max(counting.sizes[name]) <= sizes[name] // parts
+    assert threading.get_ident() not in counting.threads
+    assert 1 <= len(counting.threads) <= READERS
+
+
+def test_a_failed_read_ends_the_others(checkpoint):
+    class Broken(CountingCheckpoint):
+        def read(self, name: str, *ranges: slice, **named: slice) -> np.ndarray:
+            if name == "norm":
+                raise CheckpointError("norm is broken")
+            time.sleep(0.01)
+            return super().read(name, *ranges, **named)
+
+    broken = Broken(checkpoint)
+    norm = {"norm": ParameterSpec((HIDDEN,), jnp.dtype(jnp.float32), PartitionSpec())}
+    spec = ParameterSpec((FFN, HIDDEN), jnp.dtype(jnp.float32), PartitionSpec())
+    others = {f"w{i}": spec for i in range(100)}
+    sources = {path: Rows("up") for path in others} | {"norm": Rows("norm")}
+    with pytest.raises(CheckpointError, match="norm is broken"):
+        load(norm | others, sources, broken, make_mesh(1, 1))
+    assert broken.counts["up"] <= 3 * READERS * TENSORS["up"].size
 
 
 def test_load_names_what_is_wrong(checkpoint):

@@ -41,6 +41,7 @@ from arctic_jax.engine.programs import Leaves, ProgramCache
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.sampler_rows import SamplerRows
 from arctic_jax.kv_cache import KVCacheSpec
+from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted, silent
@@ -97,7 +98,7 @@ class ModelRunner:
         limits: StepLimits,
         model_class: type[LlamaForCausalLM],
         model_config: ModelConfig,
-        checkpoint: Checkpoint | None,
+        checkpoint: Checkpoint | OrbaxCheckpoint | None,
         report: Report,
         devices: Sequence[Any] | None = None,
     ) -> None:
@@ -120,9 +121,11 @@ class ModelRunner:
         }
         self.max_model_len = _max_model_len(config.load.max_model_len, model_config)
         self.dtype = _compute_dtype(config.load.dtype, model_config)
-        num_devices = parallel.num_devices
+        num_shards = parallel.num_devices
+        if isinstance(checkpoint, OrbaxCheckpoint):
+            num_shards = checkpoint.num_shards(num_shards)
         implementation = config.load.implementation
-        model = nnx.eval_shape(lambda: model_class(model_config, num_devices, implementation))
+        model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
         self.leaves, partitions, model = self._load(model, config, checkpoint, report)
         self.cache_spec = KVCacheSpec(
             num_layers=model_config.num_hidden_layers,
@@ -194,7 +197,7 @@ class ModelRunner:
         self,
         model: LlamaForCausalLM,
         config: EngineConfig,
-        checkpoint: Checkpoint | None,
+        checkpoint: Checkpoint | OrbaxCheckpoint | None,
         report: Report,
     ) -> tuple[
         dict[MeshLayout, Leaves], dict[MeshLayout, tuple[PartitionSpec, ...]], LlamaForCausalLM
@@ -209,11 +212,19 @@ class ModelRunner:
             for (path, variable), partition in zip(named.items(), coarse, strict=True)
         }
         advance = counted(report, "Loading weights", len(parameters))
+        start = time.perf_counter()
         if checkpoint is None:
             placed = weights.random(parameters, self.mesh, config.load.seed, advance)
+        elif isinstance(checkpoint, OrbaxCheckpoint):
+            placed = checkpoint.restore(parameters, self.mesh, advance)
         else:
             sources = model.weight_sources()
             placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
+        if checkpoint is not None:
+            gigabytes = sum(array.nbytes for array in jax.block_until_ready(placed).values()) / 1e9
+            seconds = time.perf_counter() - start
+            rate = gigabytes / seconds
+            logger.info("loaded %.2f GB of weights in %.1f s (%.1f GB/s)", gigabytes, seconds, rate)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
         leaves = {self.layouts[-1]: tuple(placed[path] for path in parameters)}
         if len(self.layouts) == 2:

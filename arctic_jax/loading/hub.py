@@ -36,17 +36,21 @@ from arctic_jax.loading.safetensors_checkpoint import INDEX, SINGLE
 from arctic_jax.loading.tokenizer import load_tokenizer
 from arctic_jax.progress import Report, silent
 
-_HUB_PATTERNS = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template*",
+)
+"""Patterns of the names under which models keep their tokenizers."""
+_HUB_PATTERNS = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
 ]
 _HUB_IGNORED = ["original/*", "onnx/*", "openvino/*"]
 _HUB_TIMEOUT = 5.0  # seconds; an unreachable hub must not look like a hang

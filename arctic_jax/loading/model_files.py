@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 from arctic_jax.config import LoadConfig
 from arctic_jax.errors import CheckpointError
 from arctic_jax.loading.gguf_checkpoint import GGUFCheckpoint
-from arctic_jax.loading.hub import resolve_model
+from arctic_jax.loading.hub import TOKENIZER_FILES, resolve_model
+from arctic_jax.loading.orbax_checkpoint import MANIFEST, OrbaxCheckpoint
 from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 from arctic_jax.loading.tokenizer import Tokenizer, load_tokenizer, numbered_tokenizer
 from arctic_jax.progress import Report, silent
@@ -27,12 +29,14 @@ class ModelFiles:
         checkpoint: its weights; `None` for random ones.
         tokenizer: its tokenizer.
         generation_config: `generation_config.json`, empty if there is none.
+        directory: where the files are; `None` if they are not in a directory.
     """
 
     config: Mapping[str, Any]
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | OrbaxCheckpoint | None
     tokenizer: Tokenizer
     generation_config: Mapping[str, Any]
+    directory: Path | None = None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -70,8 +74,39 @@ def open_model(load: LoadConfig, report: Report = silent) -> ModelFiles:
         tokenizer = numbered_tokenizer(int(config["vocab_size"]))
     else:
         tokenizer = load_tokenizer(path)
-    checkpoint = None if dummy else gguf or SafetensorsCheckpoint(path)
-    return ModelFiles(config, checkpoint, tokenizer, generation_config)
+    directory = path if path.is_dir() else None
+    if dummy:
+        checkpoint = None
+    elif (path / MANIFEST).is_file():
+        checkpoint = OrbaxCheckpoint(path)
+    else:
+        checkpoint = gguf or SafetensorsCheckpoint(path)
+    return ModelFiles(config, checkpoint, tokenizer, generation_config, directory)
+
+
+def save_all_but_weights(files: ModelFiles, directory: Path, dtype: str) -> None:
+    """Write config, generation defaults and tokenizer into a new directory.
+
+    Args:
+        files: of a model.
+        directory: must not exist.
+        dtype: of the weights that will be beside them; the config names it.
+    """
+    directory.mkdir(parents=True)
+    _write_json(directory / "config.json", {**files.config, "dtype": dtype})
+    if files.generation_config:
+        _write_json(directory / "generation_config.json", files.generation_config)
+    if files.directory is None:
+        files.tokenizer.hf.save_pretrained(str(directory))
+        return
+    for pattern in TOKENIZER_FILES:
+        for file in files.directory.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

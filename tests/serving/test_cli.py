@@ -1,6 +1,7 @@
 """The command line, with an engine that answers from a script."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,9 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from arctic_jax import LLM, RequestOutput, SamplingParams
+from arctic_jax.config import LoadConfig
 from arctic_jax.errors import InvalidRequestError
+from arctic_jax.loading.model_files import open_model
+from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.request import CompletionOutput, RequestMetrics
 from arctic_jax.serving import cli, options
+from arctic_jax.testing import TINY_LLAMA, write_model
 
 
 class FakeLLM:
@@ -287,3 +292,37 @@ def test_help_answers_at_once_and_loads_no_jax():
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1.0
+
+
+def test_convert_makes_a_model_that_can_be_opened(tmp_path):
+    """In a process of its own, since it sets JAX's devices."""
+    write_model(tmp_path / "model", TINY_LLAMA)
+    command = [sys.executable, "-m", "arctic_jax.serving.cli", "convert"]
+    command += [str(tmp_path / "model"), str(tmp_path / "out"), "--dtype", "bfloat16"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "100 %" in done.stderr
+    assert f"generate --model {tmp_path / 'out'}" in done.stderr
+    files = open_model(LoadConfig(model=str(tmp_path / "out")))
+    assert isinstance(files.checkpoint, OrbaxCheckpoint)
+    assert files.checkpoint.manifest.dtype == files.config["dtype"] == "bfloat16"
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "already exists" in again.stderr
+
+
+def test_convert_knows_one_format(tmp_path):
+    result = run("convert", tmp_path, tmp_path / "out", "--to", "zarr")
+    assert result.exit_code == 2
+    assert "--to must be orbax, got 'zarr'" in result.stderr
+
+
+def test_what_the_engine_logs_is_shown(capsys):
+    log = logging.getLogger("arctic_jax.engine")
+    try:
+        options.show_log()
+        logging.getLogger("arctic_jax.engine.runner").info("loaded %.2f GB of weights", 1.5)
+        assert capsys.readouterr().err.strip() == "loaded 1.50 GB of weights"
+    finally:
+        log.handlers.clear()
+        log.setLevel(logging.NOTSET)
+        log.propagate = True
