@@ -23,7 +23,7 @@ CONFIG = {
     "num_experts_per_tok": 3,
     "norm_topk_prob": True,
     "mlp_only_layers": [1],  # layers of both kinds in one model
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -84,6 +84,8 @@ def test_any_layout_gives_the_plain_models_tokens(
         tensor_parallel_size=tp,
         ulysses_sequence_parallel_size=sp,
         shift_parallel_threshold=threshold,
+        max_num_seqs=2,
+        max_num_batched_tokens=16,
     )
     assert answers(engine) == expected
 
