@@ -6,6 +6,8 @@ alone, whatever the other rows of the step hold, padding included.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,14 +15,8 @@ from jax import Array, lax
 
 from arctic_jax.config import MoEConfig
 from arctic_jax.models.layers import RMSNorm, parameter
+from arctic_jax.pallas_kernels.ragged_dot import ragged_dot
 from arctic_jax.shift_parallel import MeshLayout
-
-# Rows times the transposed matrix of their group: `[m, k]` and `[g, n, k]` to `[m, n]`.
-_ROWS_BY_GROUP = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(([1], [2]), ([], [])),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
 
 
 class MoE(nnx.Module):
@@ -34,12 +30,19 @@ class MoE(nnx.Module):
         hidden_size: of the residual stream.
         config: the experts' numbers.
         num_devices: P, the devices of one engine.
+        implementation: of every operation, see `pallas_kernels.dispatch`.
 
     Raises:
         ValueError: the experts cannot be split over P devices; the message holds the numbers.
     """
 
-    def __init__(self, hidden_size: int, config: MoEConfig, num_devices: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        config: MoEConfig,
+        num_devices: int,
+        implementation: str | None = None,
+    ) -> None:
         if config.num_experts % num_devices:
             raise ValueError(
                 f"num_experts {config.num_experts} cannot be split over {num_devices} devices"
@@ -47,6 +50,7 @@ class MoE(nnx.Module):
         experts, size = config.num_experts, config.intermediate_size
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.implementation = implementation
         self.router = parameter(experts, hidden_size)
         self.gate_up = parameter(experts, 2 * size, hidden_size, axis="experts")
         self.down = parameter(experts, hidden_size, size, axis="experts")
@@ -66,8 +70,11 @@ class MoE(nnx.Module):
         order = jnp.argsort(experts)
         sizes = jnp.bincount(experts, length=here)
         rows = normed[order // self.top_k]
-        gate, up = jnp.split(_grouped_product(rows, self.gate_up[...], sizes), 2, axis=1)
-        rows = _grouped_product(jax.nn.silu(gate) * up, self.down[...], sizes)
+        product = functools.partial(
+            ragged_dot, group_sizes=sizes, implementation=self.implementation
+        )
+        gate, up = jnp.split(product(rows, self.gate_up[...]), 2, axis=1)
+        rows = product(jax.nn.silu(gate) * up, self.down[...])
         # Back by a gather, not by a scattered sum: its order, and so its rounding, would vary.
         rows = rows[jnp.argsort(order)].reshape(*mine.shape, -1)
         out = jnp.where(mine[..., None], rows, 0) * weights[..., None]
@@ -83,8 +90,3 @@ class MoE(nnx.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(axis=1, keepdims=True)
         return weights, experts
-
-
-def _grouped_product(rows: Array, weight: Array, sizes: Array) -> Array:
-    """`rows [m, k]`, sorted into groups of `sizes [g]`, times `weight [g, n, k]`, to `[m, n]`."""
-    return lax.ragged_dot_general(rows, weight, sizes, _ROWS_BY_GROUP)

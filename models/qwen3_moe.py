@@ -24,7 +24,7 @@ class Qwen3MoeForCausalLM(LlamaForCausalLM):
         moe = self.config.moe
         if moe is None or layer not in moe.layers:
             return super().feed_forward(layer)
-        return MoE(self.config.hidden_size, moe, self.num_devices)
+        return MoE(self.config.hidden_size, moe, self.num_devices, self.implementation)
 
     def feed_forward_sources(self, layer: int) -> dict[str, Source]:
         """Say from which tensors a layer's feed-forward is read: one for each expert's matrix."""

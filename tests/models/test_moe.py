@@ -1,6 +1,7 @@
 """The mixture of experts as a layer, on any mesh, against a loop over tokens in float64."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from arctic_jax.config import MoEConfig
+from arctic_jax.errors import UnsupportedModelError
+from arctic_jax.models import moe
 from arctic_jax.models.layers import RMSNorm, named_parameters
 from arctic_jax.models.moe import MoE
+from arctic_jax.models.qwen3_moe import Qwen3MoeForCausalLM
+from arctic_jax.pallas_kernels import dispatch
+from arctic_jax.pallas_kernels.ragged_dot import reference
 from arctic_jax.shift_parallel import MeshLayout, make_mesh, shift, ulysses
 
 HIDDEN, FFN, EXPERTS, TOP_K, EPSILON = 16, 24, 16, 3, 1e-5
@@ -139,6 +145,89 @@ def test_padding_rows_change_nothing(padding: float) -> None:
     np.testing.assert_allclose(out[:8], alone, atol=1e-6)
     other = np.concatenate([x, make_tokens(24, seed=2)])
     np.testing.assert_array_equal(run(layer, other, shift(1, 1), 1, 1)[:8], out[:8])
+
+
+def test_products_of_no_group_may_be_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel leaves them: rows for other devices' experts are not written."""
+
+    def product(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, **_: object):
+        defined = jnp.arange(len(rows)) < group_sizes.sum()
+        out = reference.ragged_dot(jnp.where(defined[:, None], rows, 0), weight, group_sizes)
+        return jnp.where(defined[:, None], out, jnp.nan)
+
+    monkeypatch.setattr(moe, "ragged_dot", product)
+    layer, x = make_layer(), make_tokens(40)
+    np.testing.assert_allclose(run(layer, x, shift(2, 2), 2, 2), expected(layer, x), atol=1e-5)
+
+
+def test_the_kernel_for_hopper_gives_the_same() -> None:
+    config = MoEConfig(4, 2, 64, norm_topk_prob=True, layers=(0,))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 64)), jnp.bfloat16)
+    outputs = []
+    for implementation in ("xla", "mosaic_gpu"):
+        layer = MoE(64, config, 1, implementation)
+        norm = RMSNorm(64, EPSILON, implementation)
+        for i, leaf in enumerate(named_parameters(layer).values()):
+            leaf[...] = np.random.default_rng(i).normal(size=leaf.shape).astype(np.float32) / 8
+        norm.weight[...] = jnp.ones(64)
+        layer, norm = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (layer, norm))
+        with dispatch.interpret():
+            outputs.append(jax.jit(lambda x, f=layer, n=norm: f(x, 0 * x, n, shift(1, 1))[1])(x))
+    want, got = (np.asarray(out, np.float32) for out in outputs)
+    assert np.abs(want).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=0.02)
+
+
+HF = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, (0, 1, 2, 3, 4, 5)),
+        ({"mlp_only_layers": [0, 4]}, (1, 2, 3, 5)),
+        ({"decoder_sparse_step": 3}, (2, 5)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [0, 3]}, (1, 5)),
+    ],
+)
+def test_which_layers_have_experts(changes: dict[str, Any], layers: tuple[int, ...]) -> None:
+    config = Qwen3MoeForCausalLM.config_from_hf(HF | changes).moe
+    assert config == MoEConfig(8, 2, 16, norm_topk_prob=False, layers=layers)
+
+
+def test_both_spellings_of_the_number_of_experts() -> None:
+    new = {k: v for k, v in HF.items() if k != "num_experts"} | {"num_local_experts": 8}
+    read = Qwen3MoeForCausalLM.config_from_hf
+    assert read(new) == read(HF)
+    assert read(HF | {"num_experts": 0}).moe is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": None}, "no key 'num_experts'"),
+        ({"moe_intermediate_size": None}, "no key 'moe_intermediate_size'"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is not between 1 and num_experts 8"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok 0 is not between"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step 0 is less than 1"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size 64"),
+    ],
+)
+def test_what_is_not_implemented_is_named(changes: dict[str, Any], message: str) -> None:
+    config = {k: v for k, v in (HF | changes).items() if v is not None}
+    with pytest.raises(UnsupportedModelError, match=message):
+        Qwen3MoeForCausalLM.config_from_hf(config)
 
 
 def test_experts_that_do_not_divide_are_refused() -> None:
