@@ -116,16 +116,19 @@ def _body(
     @pl.when(count > 0)
     def _():
         def accumulate(acc):
+            def multiply(_, rows_smem, weight_smem):
+                plgpu.wgmma(acc, rows_smem, weight_smem.T)
+                plgpu.wgmma_wait(1)  # the step before is done, and its memory free
+
             plgpu.emit_pipeline(
-                lambda _, rows_smem, weight_smem: plgpu.wgmma(acc, rows_smem, weight_smem.T),
+                multiply,
                 grid=(rows_gmem.shape[1] // config.depth,),
                 in_specs=[
-                    plgpu.BlockSpec(
-                        (config.rows, config.depth), lambda k: (tile, k), delay_release=1
-                    ),
-                    plgpu.BlockSpec(
-                        (config.outputs, config.depth), lambda k: (output, k), delay_release=1
-                    ),
+                    plgpu.BlockSpec(shape, index, delay_release=1)
+                    for shape, index in (
+                        ((config.rows, config.depth), lambda k: (tile, k)),
+                        ((config.outputs, config.depth), lambda k: (output, k)),
+                    )
                 ],
                 max_concurrent_steps=config.stages,
             )(rows_gmem, weight_gmem.at[group])
@@ -135,7 +138,8 @@ def _body(
         out_smem[...] = acc.astype(out_smem.dtype)
         plgpu.commit_smem()
         # A copy has a static size: one for each power of two in the number of rows.
-        size, stored = config.rows, 0
+        most = min(config.rows, out_gmem.shape[0])
+        size, stored = 1 << (most.bit_length() - 1), 0
         while size:
 
             @pl.when((count & size) != 0)

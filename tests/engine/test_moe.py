@@ -85,7 +85,7 @@ def test_any_layout_gives_the_plain_models_tokens(
         ulysses_sequence_parallel_size=sp,
         shift_parallel_threshold=threshold,
         max_num_seqs=2,
-        max_num_batched_tokens=16,
+        max_num_batched_tokens=8,
     )
     assert answers(engine) == expected
 
