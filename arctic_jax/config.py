@@ -71,6 +71,32 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts: its sizes, and which layers have one instead of a dense feed-forward.
+
+    Attributes:
+        num_experts: of a layer.
+        num_experts_per_tok: those that a token goes to.
+        intermediate_size: of one expert.
+        norm_topk_prob: whether the weights of a token's experts are made to sum to one.
+        layers: indices of the layers that have experts.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    norm_topk_prob: bool
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UnsupportedModelError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and "
+                f"num_experts {self.num_experts}"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The numbers of a decoder. `head_dim` need not be `hidden_size / num_attention_heads`."""
 
@@ -92,6 +118,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     """Keys each layer's queries see; `None` for all. Empty means `None` for every layer."""
+    moe: MoEConfig | None = None
     checkpoint_dtype: str = "float32"
 
     @classmethod

@@ -28,7 +28,7 @@ class MeshLayout:
     Attributes:
         name: for logs and program keys.
         tokens: axes over which the tokens of a step are split between attentions.
-        weights: axes over which heads and the feed-forward dimension are split.
+        weights: axes over which heads, the feed-forward dimension and experts are split.
         devices: all axes: the vocabulary and the cache's heads are always split over these.
     """
 
@@ -41,10 +41,16 @@ class MeshLayout:
         """Where the first dimension of a parameter with this logical axis lies.
 
         Args:
-            axis: `"heads"`, `"ffn"` (split over `weights`), `"vocab"` (split over all devices) or
-                `None` (replicated).
+            axis: `"heads"`, `"ffn"`, `"experts"` (split over `weights`), `"vocab"` (split over all
+                devices) or `None` (replicated).
         """
-        axes = {"heads": self.weights, "ffn": self.weights, "vocab": self.devices, None: ()}[axis]
+        axes = {
+            "heads": self.weights,
+            "ffn": self.weights,
+            "experts": self.weights,
+            "vocab": self.devices,
+            None: (),
+        }[axis]
         return PartitionSpec(axes) if axes else PartitionSpec()
 
     def to_heads(self, x: Array) -> Array:
@@ -78,6 +84,10 @@ class MeshLayout:
     def vocab_shard(self) -> Array | int:
         """Index of this device's part of the vocabulary."""
         return lax.axis_index(self.devices) if self.devices else 0
+
+    def expert_shard(self) -> Array | int:
+        """Index of this device's part of the experts."""
+        return lax.axis_index(self.weights) if self.weights else 0
 
 
 def make_mesh(tp: int, sp: int, devices: Sequence[Any] | None = None) -> Mesh:

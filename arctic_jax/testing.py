@@ -89,17 +89,19 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
+    }
+    dense = {
         "mlp.gate_proj": (ffn, hidden),
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
     biased = _BIASED[architecture]
     if config.get("attention_bias"):
-        biased |= {name for name in projections if name.startswith("self_attn.")}
+        biased |= projections.keys()
     if config.get("mlp_bias"):
-        biased |= {name for name in projections if name.startswith("mlp.")}
+        biased |= dense.keys()
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if architecture == "Qwen3ForCausalLM":
+    if architecture.startswith("Qwen3"):
         norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], hidden),
@@ -109,9 +111,24 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}{name}.weight": shape for name, shape in projections.items()}
-        shapes |= {f"{prefix}{name}.bias": projections[name][:1] for name in sorted(biased)}
+        matrices = projections | (_mixture_shapes(config, layer) or dense)
+        shapes |= {f"{prefix}{name}.weight": shape for name, shape in matrices.items()}
+        shapes |= {f"{prefix}{name}.bias": matrices[name][:1] for name in sorted(biased)}
         shapes |= {f"{prefix}{name}.weight": (size,) for name, size in norms.items()}
+    return shapes
+
+
+def _mixture_shapes(config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    """Return the matrices of a layer's router and experts; none of a dense layer."""
+    sparse = (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+    if not config.get("num_experts") or layer in config.get("mlp_only_layers", ()) or not sparse:
+        return {}
+    hidden, ffn = config["hidden_size"], config["moe_intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {"mlp.gate": (config["num_experts"], hidden)}
+    for expert in range(config["num_experts"]):
+        shapes[f"mlp.experts.{expert}.gate_proj"] = (ffn, hidden)
+        shapes[f"mlp.experts.{expert}.up_proj"] = (ffn, hidden)
+        shapes[f"mlp.experts.{expert}.down_proj"] = (hidden, ffn)
     return shapes
 
 
@@ -121,6 +138,7 @@ _BIASED = {  # projections with a bias whatever the config says
     "MistralForCausalLM": frozenset[str](),
     "Qwen2ForCausalLM": _QKV,
     "Qwen3ForCausalLM": frozenset[str](),
+    "Qwen3MoeForCausalLM": frozenset[str](),
 }
 
 

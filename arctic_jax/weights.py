@@ -159,6 +159,29 @@ class GateUp:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Row `e`: the projections of expert `e`, `[out, in]` each, one below the other.
+
+    Attributes:
+        projections: names with `{}` for the expert's number.
+        num_experts: how many there are.
+    """
+
+    projections: tuple[str, ...]
+    num_experts: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return tuple(p.format(e) for e in range(self.num_experts) for p in self.projections)
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """See `Source`."""
+        names = [[p.format(e) for p in self.projections] for e in range(start, stop)]
+        return np.stack([np.concatenate([checkpoint.read(n) for n in row]) for row in names])
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
     """A parameter to be placed: global shape, dtype, and the partition of its dimensions."""
 

@@ -17,6 +17,7 @@ from jax import Array
 
 from arctic_jax.batch import ForwardBatch
 from arctic_jax.config import ModelConfig, RopeConfig
+from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
 from arctic_jax.pallas_kernels.add_rms_norm.reference import rms_norm
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
 from arctic_jax.pallas_kernels.norm_linear import norm_linear
@@ -126,6 +127,16 @@ class RMSNorm(nnx.Module):
         """Normalise `x [..., size]`."""
         return rms_norm(x, self.weight[...], self.epsilon)
 
+    def add(self, x: Array, delta: Array) -> tuple[Array, Array]:
+        """`x + delta [T, size]`, and its normalisation."""
+        return add_rms_norm(
+            x,
+            delta,
+            self.weight[...],
+            epsilon=self.epsilon,
+            implementation=self.implementation,
+        )
+
     def linear(
         self, x: Array, delta: Array, weight: Array, bias: Array | None, *, gated: bool = False
     ) -> tuple[Array, Array]:
@@ -229,9 +240,17 @@ class GatedMLP(nnx.Module):
 
     `shards` is the number of devices: so a device's part of the fused weight is one piece of memory
     in every layout, and its product holds gate and up side by side.
+
+    Raises:
+        ValueError: the feed-forward dimension cannot be split over the devices.
     """
 
     def __init__(self, config: ModelConfig, num_devices: int) -> None:
+        if config.intermediate_size % num_devices:
+            raise ValueError(
+                f"intermediate_size {config.intermediate_size} cannot be split over "
+                f"{num_devices} devices"
+            )
         hidden, size = config.hidden_size, config.intermediate_size // num_devices
         self.gate_up = parameter(num_devices, 2, size, hidden, axis="ffn")
         self.down = parameter(config.intermediate_size, hidden, axis="ffn")

@@ -1,12 +1,12 @@
 """Llama 2 and 3, SmolLM2 and Mistral; and the decoder loop of every decoder in the project.
 
-Pure; runs inside the step program. `qwen2.py` and `qwen3.py` say only what differs.
+Pure; runs inside the step program. The files of the other models say only what differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,16 @@ from arctic_jax.shift_parallel import MeshLayout
 from arctic_jax.weights import QKV, Columns, GateUp, Rows, Source
 
 
+class FeedForward(Protocol):
+    """What follows the attention in a layer: dense (`GatedMLP`) or a mixture (`MoE`)."""
+
+    def __call__(
+        self, x: Array, delta: Array, norm: RMSNorm, layout: MeshLayout
+    ) -> tuple[Array, Array]:
+        """`x` and `delta [T/SP, hidden]` to their sum, and what is to be added to it."""
+        ...
+
+
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each with a norm before and a residual around it.
 
@@ -33,14 +43,14 @@ class DecoderLayer(nnx.Module):
         config: ModelConfig,
         sliding_window: int | None,
         groups: int,
-        num_devices: int,
+        mlp: FeedForward,
         implementation: str | None,
     ) -> None:
         size, epsilon = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(size, epsilon, implementation)
         self.attention = Attention(config, sliding_window, groups, implementation)
         self.mlp_norm = RMSNorm(size, epsilon, implementation)
-        self.mlp = GatedMLP(config, num_devices)
+        self.mlp = mlp
 
     def __call__(
         self,
@@ -81,12 +91,8 @@ class LlamaForCausalLM(nnx.Module):
     ) -> None:
         self.config = config
         self.implementation = implementation
+        self.num_devices = num_devices
         self.num_kv_groups = num_kv_groups(config, num_devices)
-        if config.intermediate_size % num_devices:
-            raise ValueError(
-                f"intermediate_size {config.intermediate_size} cannot be split over "
-                f"{num_devices} devices"
-            )
         self.embed = Embed(config.vocab_size, config.hidden_size, num_devices)
         self.layers = nnx.List(
             [
@@ -94,7 +100,7 @@ class LlamaForCausalLM(nnx.Module):
                     config,
                     config.sliding_window(i),
                     self.num_kv_groups,
-                    num_devices,
+                    self.feed_forward(i),
                     implementation,
                 )
                 for i in range(config.num_hidden_layers)
@@ -123,6 +129,11 @@ class LlamaForCausalLM(nnx.Module):
         logits = (self.lm_head or self.embed).logits(x, layout)
         return logits, KVCache(k=tuple(k_caches), v=tuple(v_caches))
 
+    def feed_forward(self, layer: int) -> FeedForward:
+        """Make the feed-forward of a layer."""
+        del layer
+        return GatedMLP(self.config, self.num_devices)
+
     @staticmethod
     def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face config of model type `llama` or `mistral`."""
@@ -140,7 +151,6 @@ class LlamaForCausalLM(nnx.Module):
     def weight_sources(self) -> dict[str, Source]:
         """Say, for each parameter's path, which checkpoint tensors it is read from."""
         config = self.config
-        shards = self.layers[0].mlp.gate_up.shape[0]
         sources: dict[str, Source] = {
             "embed.weight": Rows("model.embed_tokens.weight"),
             "norm.weight": Rows("model.norm.weight"),
@@ -156,10 +166,8 @@ class LlamaForCausalLM(nnx.Module):
                     groups=self.num_kv_groups,
                     head_dim=config.head_dim,
                 )
-            for path, kind in (("gate_up", "weight"), ("gate_up_bias", "bias")):
-                sources[f"{here}.mlp.{path}"] = GateUp(
-                    f"{there}.mlp.gate_proj.{kind}", f"{there}.mlp.up_proj.{kind}", shards
-                )
+            for path, source in self.feed_forward_sources(i).items():
+                sources[f"{here}.mlp.{path}"] = source
             sources |= {
                 f"{here}.attention_norm.weight": Rows(f"{there}.input_layernorm.weight"),
                 f"{here}.mlp_norm.weight": Rows(f"{there}.post_attention_layernorm.weight"),
@@ -167,10 +175,22 @@ class LlamaForCausalLM(nnx.Module):
                 f"{here}.attention.output_bias": Rows(f"{there}.self_attn.o_proj.bias"),
                 f"{here}.attention.q_norm.weight": Rows(f"{there}.self_attn.q_norm.weight"),
                 f"{here}.attention.k_norm.weight": Rows(f"{there}.self_attn.k_norm.weight"),
-                f"{here}.mlp.down": Columns(f"{there}.mlp.down_proj.weight"),
-                f"{here}.mlp.down_bias": Rows(f"{there}.mlp.down_proj.bias"),
             }
         return sources
+
+    def feed_forward_sources(self, layer: int) -> dict[str, Source]:
+        """Say the same of a layer's feed-forward; the paths are those inside of it."""
+        there = f"model.layers.{layer}.mlp"
+        gate_up = {
+            kind: GateUp(f"{there}.gate_proj.{kind}", f"{there}.up_proj.{kind}", self.num_devices)
+            for kind in ("weight", "bias")
+        }
+        return {
+            "gate_up": gate_up["weight"],
+            "gate_up_bias": gate_up["bias"],
+            "down": Columns(f"{there}.down_proj.weight"),
+            "down_bias": Rows(f"{there}.down_proj.bias"),
+        }
 
 
 def num_kv_groups(config: ModelConfig, num_devices: int) -> int:

@@ -39,6 +39,25 @@ def logits(config: Mapping, tensors: Tensors, token_ids: list[int]) -> np.ndarra
         cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
+    def feed_forward(x: np.ndarray, name: str) -> np.ndarray:
+        gate = linear(x, f"{name}.gate_proj")
+        return linear(
+            gate / (1 + np.exp(-gate)) * linear(x, f"{name}.up_proj"), f"{name}.down_proj"
+        )
+
+    def mixture(x: np.ndarray, name: str) -> np.ndarray:
+        """Each token by itself through its experts, one after the other."""
+        scores = np.exp(linear(x, f"{name}.gate"))
+        scores /= scores.sum(-1, keepdims=True)
+        out = np.zeros_like(x)
+        for token, score in enumerate(scores):
+            best = np.argsort(-score, kind="stable")[: config["num_experts_per_tok"]]
+            total = score[best].sum() if config["norm_topk_prob"] else 1
+            for expert in best:
+                weight = score[expert] / total
+                out[token] += weight * feed_forward(x[token], f"{name}.experts.{expert}")
+        return out
+
     x = get("model.embed_tokens.weight")[token_ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
@@ -58,9 +77,10 @@ def logits(config: Mapping, tensors: Tensors, token_ids: list[int]) -> np.ndarra
         attended = np.einsum("hqk,khd->qhd", weights, v).reshape(n, heads * dim)
         x = x + linear(attended, f"{layer}.self_attn.o_proj")
         h = norm(x, f"{layer}.post_attention_layernorm.weight")
-        gate = linear(h, f"{layer}.mlp.gate_proj")
-        h = gate / (1 + np.exp(-gate)) * linear(h, f"{layer}.mlp.up_proj")
-        x = x + linear(h, f"{layer}.mlp.down_proj")
+        if f"{layer}.mlp.gate.weight" in tensors:
+            x = x + mixture(h, f"{layer}.mlp")
+        else:
+            x = x + feed_forward(h, f"{layer}.mlp")
     head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
     return norm(x, "model.norm.weight") @ get(f"{head}.weight").T
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from arctic_jax.errors import CheckpointError
 from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 from arctic_jax.shift_parallel import make_mesh
-from arctic_jax.weights import QKV, READERS, Columns, GateUp, ParameterSpec, Rows, load
+from arctic_jax.weights import QKV, READERS, Columns, Experts, GateUp, ParameterSpec, Rows, load
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 8, 2, 4, 12, 16
 RANDOM = np.random.RandomState(0)
@@ -29,6 +29,7 @@ TENSORS = {
         "up": (FFN, HIDDEN),
         "down": (HIDDEN, FFN),
         "norm": (HIDDEN,),
+        **{f"expert.{e}.{p}": (FFN, HIDDEN) for e in range(4) for p in ("gate", "up")},
     }.items()
 }
 
@@ -75,6 +76,18 @@ def test_gate_and_up(checkpoint):
     assert read.shape == (2, 2, 4, HIDDEN)
     np.testing.assert_array_equal(read[:, 0].reshape(8, HIDDEN), TENSORS["gate"][4:12])
     np.testing.assert_array_equal(read[:, 1].reshape(8, HIDDEN), TENSORS["up"][4:12])
+
+
+def test_experts_are_read_one_by_one(checkpoint, monkeypatch):
+    source = Experts(("expert.{}.gate", "expert.{}.up"), num_experts=4)
+    assert source.names == tuple(f"expert.{e}.{p}" for e in range(4) for p in ("gate", "up"))
+    read, names = checkpoint.read, []
+    monkeypatch.setattr(checkpoint, "read", lambda name: names.append(name) or read(name))
+    rows = source.read(checkpoint, 1, 3)
+    assert names == list(source.names[2:6])  # those of other devices stay on disk
+    for row, expert in zip(rows, (1, 2), strict=True):
+        np.testing.assert_array_equal(row[:FFN], TENSORS[f"expert.{expert}.gate"])
+        np.testing.assert_array_equal(row[FFN:], TENSORS[f"expert.{expert}.up"])
 
 
 def test_load_places_and_casts(checkpoint):

@@ -33,6 +33,14 @@ def _config(architecture: str, **changes: Any) -> dict[str, Any]:
     return base | changes
 
 
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 _HEAD_32 = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -84,4 +92,14 @@ CASES: dict[str, dict[str, Any]] = {
         "Qwen3", head_dim=8, use_sliding_window=True, sliding_window=16, max_window_layers=2
     ),
     "qwen3_rope_yarn": _config("Qwen3", **_HEAD_32, **_NEW_YARN),
+    "qwen3_moe": _config("Qwen3Moe", **_QWEN3_MOE),
+    "qwen3_moe_dense_layers": _config(
+        "Qwen3Moe",
+        **_QWEN3_MOE | {"norm_topk_prob": False, "num_hidden_layers": 4},
+        decoder_sparse_step=2,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe_sliding_window": _config(
+        "Qwen3Moe", **_QWEN3_MOE, use_sliding_window=True, sliding_window=16
+    ),
 }

@@ -1,0 +1,92 @@
+"""Mixture of experts: each token goes through a few of many feed-forwards. Pure.
+
+Runs inside the step program. No expert has a capacity: a token's output depends on that token
+alone, whatever the other rows of the step hold, padding included.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from arctic_jax.config import MoEConfig
+from arctic_jax.models.layers import RMSNorm, parameter
+from arctic_jax.pallas_kernels.ragged_dot import ragged_dot
+from arctic_jax.shift_parallel import MeshLayout
+
+
+class MoE(nnx.Module):
+    """SwiGLU experts, of which a softmax router takes the k best for each token.
+
+    Top-k gating: Shazeer et al. 2017; without shared experts and capacity: Qwen3, Yang et al. 2025.
+    A device holds whole experts (docs/decisions/0012), `gate_up [experts, 2 * ffn, hidden]` and
+    `down [experts, hidden, ffn]`, and sums with the others what its own give to the tokens.
+
+    Args:
+        hidden_size: of the residual stream.
+        config: the experts' numbers.
+        num_devices: P, the devices of one engine.
+        implementation: of every operation, see `pallas_kernels.dispatch`.
+
+    Raises:
+        ValueError: the experts cannot be split over P devices; the message holds the numbers.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: MoEConfig,
+        num_devices: int,
+        implementation: str | None = None,
+    ) -> None:
+        if config.num_experts % num_devices:
+            raise ValueError(
+                f"num_experts {config.num_experts} cannot be split over {num_devices} devices"
+            )
+        experts, size = config.num_experts, config.intermediate_size
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.implementation = implementation
+        self.router = parameter(experts, hidden_size)
+        self.gate_up = parameter(experts, 2 * size, hidden_size, axis="experts")
+        self.down = parameter(experts, hidden_size, size, axis="experts")
+
+    def __call__(
+        self, x: Array, delta: Array, norm: RMSNorm, layout: MeshLayout
+    ) -> tuple[Array, Array]:
+        """`x` and `delta [T, hidden]` to their sum, and the mixture's output for its norm."""
+        x, normed = norm.add(x, delta)
+        weights, experts = self.route(normed)
+        here = self.gate_up.shape[0]
+        experts = experts - layout.expert_shard() * here
+        mine = (experts >= 0) & (experts < here)
+        # One row for each token and expert, sorted by expert; those of other devices come last,
+        # belong to no group and so take part in no product.
+        experts = jnp.where(mine, experts, here).reshape(-1)
+        order = jnp.argsort(experts)
+        sizes = jnp.bincount(experts, length=here)
+        rows = normed[order // self.top_k]
+        product = functools.partial(
+            ragged_dot, group_sizes=sizes, implementation=self.implementation
+        )
+        gate, up = jnp.split(product(rows, self.gate_up[...]), 2, axis=1)
+        rows = product(jax.nn.silu(gate) * up, self.down[...])
+        # Back by a gather, not by a scattered sum: its order, and so its rounding, would vary.
+        rows = rows[jnp.argsort(order)].reshape(*mine.shape, -1)
+        out = jnp.where(mine[..., None], rows, 0) * weights[..., None]
+        return x, layout.reduce(out.sum(axis=1).astype(x.dtype))
+
+    def route(self, x: Array) -> tuple[Array, Array]:
+        """`x [T, hidden]` to the weights (float32) and indices of its experts, `[T, k]`.
+
+        Among equals the first ones are taken.
+        """
+        logits = jnp.einsum("td,ed->te", x, self.router[...], preferred_element_type=jnp.float32)
+        weights, experts = lax.top_k(jax.nn.softmax(logits), self.top_k)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(axis=1, keepdims=True)
+        return weights, experts
