@@ -23,7 +23,7 @@ class MoE(nnx.Module):
     """SwiGLU experts, of which a softmax router takes the k best for each token.
 
     Top-k gating: Shazeer et al. 2017; without shared experts and capacity: Qwen3, Yang et al. 2025.
-    A device holds whole experts (docs/decisions/0012), `gate_up [experts, 2 * ffn, hidden]` and
+    A device holds whole experts (docs/decisions/0013), `gate_up [experts, 2 * ffn, hidden]` and
     `down [experts, hidden, ffn]`, and sums with the others what its own give to the tokens.
 
     Args:

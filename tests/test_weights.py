@@ -141,12 +141,14 @@ def test_every_number_is_read_once_and_by_the_part(checkpoint, tp, sp, partition
         "gate_up": GateUp("gate", "up", 4),
         "down": Columns("down"),
         "norm": Rows("norm"),
+        "experts": Experts(("expert.{}.gate", "expert.{}.up"), num_experts=4),
     }
     shapes = {
         "qkv": (groups, (HEADS // groups + 2) * HEAD_DIM, HIDDEN),
         "gate_up": (4, 2, FFN // 4, HIDDEN),
         "down": (FFN, HIDDEN),
         "norm": (HIDDEN,),
+        "experts": (4, 2 * FFN, HIDDEN),
     }
     specs = {
         path: ParameterSpec(
