@@ -2,8 +2,9 @@
 
     python benchmarks/plot_steps.py benchmarks/results/h200/steps_*/step_time.json
 
-Needs the extra `plots`. Each file is what `scripts/gpu/step_time.py` wrote. The floor is the bytes a step must read (weights
-and cached keys and values) over 4.3 TB/s, the fastest copy measured on an H200.
+Each file is what `scripts/gpu/step_time.py` wrote. The floor is the bytes a step must read (weights
+and cached keys and values) over 4.3 TB/s, the fastest copy measured on an H200. Needs the extra
+`plots`.
 """
 
 import json
