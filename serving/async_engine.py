@@ -208,21 +208,22 @@ class _Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._arrived = asyncio.Event()
-        self._newest: RequestOutput | BaseException | None = None
+        # With a number each, as a letter may be announced again after it was fetched.
+        self._newest: tuple[int, RequestOutput | BaseException] = 0, EngineDeadError("no letter")
+        self._fetched = 0
 
     def put(self, item: RequestOutput | BaseException) -> None:
         """Replace what is in the box; called by the engine's thread."""
-        self._newest = item
+        self._newest = self._newest[0] + 1, item
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def fetch(self) -> RequestOutput:
         """Wait for something newer than what was fetched before."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        item = self._newest
+        while self._newest[0] == self._fetched:
+            await self._arrived.wait()
+            self._arrived.clear()
+        self._fetched, item = self._newest
         if isinstance(item, BaseException):
             raise EngineDeadError(str(item)) from item
-        if item is None:
-            raise EngineDeadError("the mailbox was opened without a letter")
         return item

@@ -31,12 +31,12 @@ SMALL: dict[str, Any] = {
 DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_new_tokens": 5, "eos_token_id": 96}
 
 
-@pytest.fixture(scope="module")
 def core_of(llm: LLM) -> EngineCore:
     assert isinstance(llm.engine, EngineCore)
     return llm.engine
 
 
+@pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), generation_config=DEFAULTS)
 

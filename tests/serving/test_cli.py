@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import ClassVar, cast
 
 import pytest
@@ -28,6 +29,7 @@ class FakeLLM:
     made: ClassVar[list["FakeLLM"]] = []
     answer = ("one", " two", " three")
     error: str | None = None
+    engine = SimpleNamespace(step_logs=())
 
     def __init__(self, **keywords):
         self.keywords = keywords
