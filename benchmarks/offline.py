@@ -23,6 +23,8 @@ import numpy as np
 
 from arctic_jax import LLM, SamplingParams, __version__
 
+ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+
 
 def main() -> None:
     """Measure what the command line asks for, print a table, write JSON."""
@@ -151,14 +153,7 @@ class Bench:
     def decode_steps(self, batch: int, input_len: int, steps: int) -> list[float]:
         """Times of single steps while all requests of a batch decode."""
         engine = self.llm.engine
-        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-        ids = [f"bench-{i}" for i in range(batch)]
-        for name, prompt in zip(ids, self._prompts(batch, input_len), strict=True):
-            engine.add_request(name, prompt, params)
-        while any(r.num_tokens == r.num_prompt_tokens for r in engine.scheduler.running) or (
-            engine.scheduler.waiting
-        ):
-            engine.step()
+        ids = self._start(batch, input_len)
         times = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -171,18 +166,11 @@ class Bench:
     def stall(self, streams: int, length: int) -> dict[str, float]:
         """Time between tokens of `streams` answers, alone and while a prompt is computed."""
         engine = self.llm.engine
-        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-        ids = [f"bench-{i}" for i in range(streams)]
-        for name, prompt in zip(ids, self._prompts(streams, 1024), strict=True):
-            engine.add_request(name, prompt, params)
-        while engine.scheduler.waiting or any(
-            r.num_tokens == r.num_prompt_tokens for r in engine.scheduler.running
-        ):
-            engine.step()
+        ids = self._start(streams, 1024)
         alone, beside, long = [], [], None
         for step in range(2000):
             if step == 50:
-                engine.add_request("long", self._prompts(1, length)[0], params)
+                engine.add_request("long", self._prompts(1, length)[0], ENDLESS)
                 long = engine.scheduler.waiting[0]
             start = time.perf_counter()
             engine.step()
@@ -200,6 +188,18 @@ class Bench:
             "beside_ms_max": max(beside),
             "ttft_ms": sum(beside),
         }
+
+    def _start(self, batch: int, input_len: int) -> list[str]:
+        """Step until all requests of a batch decode; return their ids."""
+        engine = self.llm.engine
+        ids = [f"bench-{i}" for i in range(batch)]
+        for name, prompt in zip(ids, self._prompts(batch, input_len), strict=True):
+            engine.add_request(name, prompt, ENDLESS)
+        while engine.scheduler.waiting or any(
+            r.num_tokens == r.num_prompt_tokens for r in engine.scheduler.running
+        ):
+            engine.step()
+        return ids
 
     def _prompts(self, batch: int, length: int) -> list[list[int]]:
         vocab = self.llm.engine.runner.model_config.vocab_size

@@ -94,21 +94,26 @@ class ProgramCache:
     ) -> None:
         """Have a program for every step, from the store or compiled; and for no other.
 
+        `num_blocks` is the same in every call: what an earlier one made is kept.
+
         Loading and XLA's work run on a few threads; tracing is serial.
         """
-        keys = [(layout, bucket, num_blocks) for layout, bucket in steps]
-        found: dict[_Key, Compiled] = {}
+        steps = list(steps)
+        found = {step: self._programs[step] for step in steps if step in self._programs}
+        for _ in found:
+            on_compiled()
+        missing = [(*step, num_blocks) for step in steps if step not in found]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-            for key, program in zip(keys, threads.map(self._load, keys), strict=True):
-                if program is not None:
-                    found[key] = program
-                    on_compiled()
             jobs = {}
-            for key in (key for key in keys if key not in found):
-                jobs[key] = threads.submit(self._compile, key, self._lower(key))
-                jobs[key].add_done_callback(lambda _: on_compiled())
-            found |= {key: job.result() for key, job in jobs.items()}
-        self._programs = {(layout, bucket): found[layout, bucket, _] for layout, bucket, _ in keys}
+            for key, program in zip(missing, threads.map(self._load, missing), strict=True):
+                if program is not None:
+                    found[key[:2]] = program
+                    on_compiled()
+                else:
+                    jobs[key[:2]] = threads.submit(self._compile, key, self._lower(key))
+                    jobs[key[:2]].add_done_callback(lambda _: on_compiled())
+            found |= {step: job.result() for step, job in jobs.items()}
+        self._programs = found
 
     def workspace_bytes(self, layout: MeshLayout, bucket: Bucket, num_blocks: int) -> int:
         """Temporary memory of one device that the compiled step needs."""
