@@ -32,6 +32,10 @@ from arctic_jax.shift_parallel import MeshLayout
 
 logger = logging.getLogger(__name__)
 
+# From so many tokens on cuBLAS's products are as fast as Triton's, of which XLA compiles and tries
+# many.
+CUBLAS_TOKENS = 1024
+
 
 class ProgramCache:
     """`(layout, bucket)` to a compiled step.
@@ -61,7 +65,7 @@ class ProgramCache:
             (program, mesh.shape, dispatch.interpreter()),
         )
         self._set_row = self._set_row_program()
-        self._copy = jax.jit(jnp.copy).lower(program.output(mesh)).compile()
+        self._copy = self._copy_program()
 
     def compile(
         self,
@@ -133,7 +137,7 @@ class ProgramCache:
         return self._compiled[layout, bucket](leaves, cache, state, output, packed)
 
     def copy(self, output: Array) -> Array:
-        """Copy a step's output for the host, since the next step writes over it."""
+        """Copy a step's output to where the host can read it; the next step writes over it."""
         return self._copy(output)
 
     def set_row(
@@ -156,13 +160,32 @@ class ProgramCache:
         return self._compile(step, lowered)
 
     def _compile(self, step: Step, lowered: jax.stages.Lowered) -> Compiled:
-        program = lowered.compile()
+        options = {}
+        if step.bucket.num_tokens >= CUBLAS_TOKENS and self._on_gpu:
+            options["xla_gpu_enable_triton_gemm"] = False
+        program = lowered.compile(options)
         self._store.save(step, program)
         return program
 
     def _load(self, step: Step) -> Compiled | None:
         arguments = self._program.arguments(step, self._mesh)
         return self._store.load(step, arguments, arguments[1:-1])
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._mesh.devices.flat[0].platform == "gpu"
+
+    def _copy_program(self) -> Compiled:
+        """Return the program that copies an output.
+
+        On a GPU into the host's memory, as a part of the program: a transfer that the runtime
+        starts afterwards comes 0.4 to 1 ms later (benchmarks/results/h200/pinned_output.json).
+        """
+        output = self._program.output(self._mesh)
+        sharding = output.sharding
+        if self._on_gpu:
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.jit(jnp.copy, out_shardings=sharding).lower(output).compile()
 
     def _set_row_program(self) -> Compiled:
         state = self._program.state(self._mesh)

@@ -13,7 +13,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.sampler_rows import SamplerRows
 from arctic_jax.engine.step_program import Leaves, StepProgram
-from arctic_jax.kv_cache import KVCacheSpec
+from arctic_jax.kv_cache import KVCache, KVCacheSpec
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
@@ -167,7 +167,6 @@ class ModelRunner:
                 f"the cache, there is room for {self.num_blocks} ({room} tokens); set a smaller "
                 "max_model_len or give the cache more memory"
             )
-        self.cache = self.cache_spec.allocate(self.num_blocks, self.mesh)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         self.state = jax.device_put(
             SamplerState.zeros(self.max_num_seqs, model_config.vocab_size), replicated
@@ -181,8 +180,7 @@ class ModelRunner:
         self._guards = _set_room_aside(4 * max(largest, self._output.size), self.mesh)
         self.crossover = self._find_crossover(parallel.shift_parallel_threshold, report)
         self.picker = LayoutPicker(self._ladders, self.crossover.threshold)
-        advance = counted(report, "Compiling step programs", len(self.picker.steps))
-        self.programs.compile(self.picker.steps, self.num_blocks, advance)
+        self._compile(self.picker.steps, report, "Compiling step programs")
         self.programs.close()
         self._warm_up()
 
@@ -259,6 +257,17 @@ class ModelRunner:
             self.model_config.vocab_size,
         )
 
+    def _compile(
+        self, steps: Collection[tuple[MeshLayout, Bucket]], report: Report, what: str
+    ) -> None:
+        """Compile programs, then make the cache, which is empty.
+
+        In this order: XLA tries variants of products, in memory that the cache would take.
+        """
+        self.cache = KVCache((), ())
+        self.programs.compile(steps, self.num_blocks, counted(report, what, len(steps)))
+        self.cache = self.cache_spec.allocate(self.num_blocks, self.mesh)
+
     def _start(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> jax.Array:
         """Start a program; return its packed `StepOutput`."""
         self.cache, self.state, self._output = self.programs.run(
@@ -303,8 +312,7 @@ class ModelRunner:
             bucket = Bucket.fit(scheduled, self._ladders[layout])
             steps[layout, count] = bucket, self._new_packer().pack(scheduled, bucket)
         programs = {(layout, bucket) for (layout, _), (bucket, _) in steps.items()}
-        advance = counted(report, "Compiling programs to measure", len(programs))
-        self.programs.compile(programs, self.num_blocks, advance)
+        self._compile(programs, report, "Compiling programs to measure")
         times = {layout: [] for layout in self.layouts}
         advance = counted(report, "Measuring layouts", len(steps))
         for (layout, _), (bucket, packed) in steps.items():
