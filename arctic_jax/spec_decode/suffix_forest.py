@@ -1,0 +1,260 @@
+"""A `Forest` that grows: makes room, checks and converts arguments, calls what is compiled.
+
+Owned by a `SuffixTree` or a `SuffixDecodingCache`. It belongs to one thread: a call changes shared
+arrays in several steps, and nothing locks them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from arctic_jax.spec_decode import suffix_kernels as kernels
+
+IntArray = np.ndarray[Any, np.dtype[np.int32]]
+TokenIds = Sequence[int] | IntArray
+
+_POOLS = ("node", "group", "page", "sequence")
+_MIN_PAGE_SIZE = 32
+_MIN_NODES = 1024
+
+
+@dataclass(slots=True)
+class SuffixDecodingDraft:
+    """Tokens that may come next.
+
+    Attributes:
+        token_ids: a path, or a tree in which each token follows its parent.
+        parents: for each token the index of the one it follows; -1 for the end of the context.
+        probs: for each token an estimate of the probability that it comes.
+        score: their sum, an estimate of how many will be accepted.
+        match_len: how many tokens at the end of the context were found in a tree.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
+    score: float = 0.0
+    match_len: int = 0
+
+
+class Query(NamedTuple):
+    """A context to draft for and where to look. 0 stands for no sequence and no tree.
+
+    Attributes:
+        context: its tokens.
+        max_spec_tokens: of the draft; `None` for the depth of the trees.
+        local_root: a tree, which wins when both drafts have one score.
+        local: a sequence of it that may end like the context.
+        shared_root: another tree.
+        shared: a sequence of that.
+    """
+
+    context: TokenIds
+    max_spec_tokens: int | None
+    local_root: int
+    local: int = 0
+    shared_root: int = 0
+    shared: int = 0
+
+
+class SuffixForest:
+    """Suffix trees of token sequences, in arrays that all of them share."""
+
+    def __init__(self, max_depth: int) -> None:
+        if max_depth < 1:
+            raise ValueError(f"a suffix tree is at least 1 token deep, not {max_depth}")
+        compile_kernels()
+        self.max_depth = max_depth
+        self.arrays = _planted(max_depth)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays. Doubled ahead of need; the system lends pages as they are used."""
+        return sum(pool.nbytes for pool in self.arrays)
+
+    def new_root(self) -> int:
+        """Plant a tree."""
+        if self._used("node") + 1 >= len(self.arrays.nodes):
+            self._grow_nodes()
+        return kernels.new_root(self.arrays)
+
+    def new_sequence(self, root: int) -> int:
+        """Begin an empty sequence in a tree."""
+        if self._used("sequence") + 1 >= len(self.arrays.sequences):
+            self.arrays = self.arrays._replace(sequences=_doubled(self.arrays.sequences))
+        return kernels.new_sequence(self.arrays, root)
+
+    def extend(self, tokens: IntArray, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Append `tokens[begin:end]` for each (sequence, begin, end)."""
+        rest = np.array(spans, np.int64)
+        while not kernels.extend(self.arrays, tokens, rest):
+            if self._used("node") + self.max_depth >= len(self.arrays.nodes):
+                self._grow_nodes()
+            else:
+                self._grow_pages()
+
+    def remove(self, sequence: int) -> None:
+        """Take a sequence out of its tree, which has others."""
+        kernels.remove(self.arrays, sequence)
+
+    def fell(self, sequence: int) -> None:
+        """Take away the only sequence of a tree, and the tree."""
+        kernels.fell(self.arrays, sequence)
+
+    def speculate(
+        self, queries: Sequence[Query], factor: float, offset: float, min_prob: float, tree: bool
+    ) -> list[SuffixDecodingDraft]:
+        """Draft for each query: after m matched tokens at most m · factor + offset tokens.
+
+        Raises:
+            ValueError: factor or offset is not finite, or a context not what `as_tokens` takes.
+        """
+        if not (math.isfinite(factor) and math.isfinite(offset)):
+            raise ValueError(f"factor {factor} and offset {offset} must be finite")
+        depth = self.max_depth
+        contexts = np.zeros((len(queries), depth), np.int32)
+        rows = []
+        for context, query in zip(contexts, queries, strict=True):
+            tail = last_tokens(query.context, depth)
+            context[depth - len(tail) :] = tail
+            limit = depth if query.max_spec_tokens is None else max(0, query.max_spec_tokens)
+            rows.append((len(tail), limit, *query[2:]))
+        longest = self._longest_draft(max(row[1] for row in rows), factor, offset, tree)
+        token_ids, parents = np.empty((2, len(queries), longest), np.int32)
+        probs = np.empty((len(queries), longest), np.float32)
+        drafts = np.empty(len(queries), kernels.DRAFT)
+        parameters = np.array((factor, offset, min_prob), np.float32)
+        kernels.speculate(
+            self.arrays,
+            contexts,
+            np.array(rows, np.int64),
+            parameters,
+            bool(tree),
+            token_ids,
+            parents,
+            probs,
+            drafts,
+        )
+        return [
+            SuffixDecodingDraft(
+                token_ids[i, :count].tolist(),
+                parents[i, :count].tolist(),
+                probs[i, :count].tolist(),
+                score,
+                match_len,
+            )
+            for i, (count, match_len, score) in enumerate(drafts.tolist())
+        ]
+
+    def _longest_draft(self, limit: int, factor: float, offset: float, tree: bool) -> int:
+        """Most tokens a draft can have: a path is no deeper than its tree."""
+        wanted = max(1, factor, factor * self.max_depth) + max(0, offset) + 1
+        there = self.max_depth * (self._used("node") if tree else 1)
+        return int(min(limit, wanted, there))
+
+    def _used(self, pool: str) -> int:
+        return int(self.arrays.pools[f"used_{pool}"][0])
+
+    def _grow_nodes(self) -> None:
+        nodes, groups = _doubled(self.arrays.nodes), _doubled(self.arrays.groups)
+        table = np.zeros(_table_size(len(nodes)), np.int32)
+        self.arrays = self.arrays._replace(nodes=nodes, groups=groups, table=table)
+        kernels.fill_table(self.arrays)
+
+    def _grow_pages(self) -> None:
+        old = self.arrays
+        self.arrays = old._replace(
+            tokens=_doubled(old.tokens), suffixes=_doubled(old.suffixes), pages=_doubled(old.pages)
+        )
+
+
+def as_tokens(token_ids: TokenIds) -> IntArray:
+    """Return token ids as a one-dimensional int32 array that may be written to.
+
+    Raises:
+        ValueError: an array of another type, shape or layout, or an id beyond 32 bits.
+        TypeError: something else than integers.
+    """
+    if isinstance(token_ids, np.ndarray):
+        _check_array(token_ids)
+        return token_ids if token_ids.flags.writeable else token_ids.copy()
+    try:
+        return np.frombuffer(array("i", token_ids), np.int32)
+    except OverflowError as error:
+        raise ValueError(f"token ids are 32-bit integers: {error}") from None
+
+
+def last_tokens(token_ids: TokenIds, count: int) -> IntArray | array[int]:
+    """Return at most so many of the last token ids; errors as in `as_tokens`."""
+    if isinstance(token_ids, np.ndarray):
+        _check_array(token_ids)
+        return token_ids[-count:]
+    try:
+        return array("i", token_ids[-count:])
+    except OverflowError as error:
+        raise ValueError(f"token ids are 32-bit integers: {error}") from None
+
+
+def _check_array(tokens: np.ndarray[Any, Any]) -> None:
+    if tokens.ndim != 1 or tokens.dtype != np.int32 or not tokens.flags.c_contiguous:
+        raise ValueError(
+            "an array of token ids must be int32, one-dimensional and contiguous, not "
+            f"{tokens.dtype}, shape {tokens.shape}, strides {tokens.strides}"
+        )
+
+
+def _planted(max_depth: int) -> kernels.Forest:
+    """Return an empty forest."""
+    nodes, pages, page_size = _MIN_NODES + max_depth, 4, max(max_depth, _MIN_PAGE_SIZE)
+    pools = np.zeros(1, kernels.POOLS)
+    for pool in _POOLS:
+        pools[f"end_{pool}"] = 1  # row 0 stands for nothing
+    return kernels.Forest(
+        nodes=np.zeros(nodes, kernels.NODE),
+        groups=np.zeros(nodes, kernels.GROUP),
+        table=np.zeros(_table_size(nodes), np.int32),
+        tokens=np.zeros((pages, page_size + max_depth), np.int32),
+        suffixes=np.zeros(pages * page_size, kernels.SUFFIX),
+        pages=np.zeros(pages, kernels.PAGE),
+        sequences=np.zeros(4, kernels.SEQUENCE),
+        pools=pools,
+    )
+
+
+def _doubled(pool: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    larger = np.zeros((2 * len(pool), *pool.shape[1:]), pool.dtype)
+    larger[: len(pool)] = pool
+    return larger
+
+
+def _table_size(nodes: int) -> int:
+    """At most half full."""
+    return 1 << (2 * nodes - 1).bit_length()
+
+
+@functools.cache
+def compile_kernels() -> None:
+    """Compile everything, or load it from numba's cache on disk, so that no request waits.
+
+    Seconds the first time after an installation, tenths of a second in later processes.
+    """
+    forest = _planted(2)
+    root = kernels.new_root(forest)
+    sequences = [kernels.new_sequence(forest, root) for _ in range(2)]
+    spans = np.array([(sequence, 0, 2) for sequence in sequences], np.int64)
+    kernels.extend(forest, np.zeros(2, np.int32), spans)
+    rows = np.array([(2, 1, root, 0, 0, 0)], np.int64)
+    ids, parents = np.empty((2, 1, 1), np.int32)
+    probs, drafts = np.empty((1, 1), np.float32), np.empty(1, kernels.DRAFT)
+    context, parameters = np.zeros((1, 2), np.int32), np.zeros(3, np.float32)
+    kernels.speculate(forest, context, rows, parameters, True, ids, parents, probs, drafts)
+    kernels.fill_table(forest._replace(table=np.zeros_like(forest.table)))
+    kernels.remove(forest, sequences[0])
+    kernels.fell(forest, sequences[1])

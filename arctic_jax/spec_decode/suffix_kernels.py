@@ -1,0 +1,857 @@
+"""Suffix trees in flat arrays: what is compiled. Host only, numba, no jax.
+
+Any number of trees share the pools of one `Forest`, so that one call serves a whole batch. A tree
+is a path-compressed trie of the suffixes of its sequences, each cut off after `max_depth` tokens
+(Oliaro et al. 2025, "SuffixDecoding", section 4). Everything is an index into a pool; 0 is nothing.
+
+All in one file: numba's cache on disk notices a change of the file of the function that is called,
+not of those it calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+compiled = numba.njit(cache=True)
+
+
+def _int32_fields(names: str) -> np.dtype[np.void]:
+    return np.dtype([(name, np.int32) for name in names.split()])
+
+
+# count: suffixes that pass or end here. label: where a copy of the edge's tokens begins, within a
+# suffix that passes here. suffix: the first of those that end here, at the end of the edge.
+# Siblings are in the order of falling counts.
+NODE = _int32_fields("count token length label parent first last prev next group suffix")
+GROUP = _int32_fields("head tail")  # siblings of equal count, so that each moves in O(1)
+SUFFIX = _int32_fields("node prev next")  # the others that end in the same node
+PAGE = _int32_fields("sequence prev next")
+SEQUENCE = _int32_fields("root length first_page last_page")
+# For each pool: how many are in use, how many rows ever were, the first one free to use again.
+POOLS = np.dtype(
+    [(f"{field}_{pool}", np.int64) for pool in ("node", "group", "page", "sequence")
+     for field in ("used", "end", "free")]
+)  # fmt: skip
+DRAFT = np.dtype([("num_tokens", np.int64), ("match_len", np.int64), ("score", np.float32)])
+CANDIDATE = np.dtype(
+    [("prob", np.float32), ("parent", np.int32), ("node", np.int32), ("used", np.int32)]
+)
+
+
+class Forest(NamedTuple):
+    """The pools. A page holds the suffixes that start in it, and enough tokens that each is whole.
+
+    Attributes:
+        nodes: `[N]` of `NODE`.
+        groups: `[N]` of `GROUP`.
+        table: `[power of 2, at least 2 N]` hash table of (parent, first token) → node.
+        tokens: `[P, page_size + max_depth]`; the last `max_depth` repeat the next page's first.
+        suffixes: `[P * page_size]` of `SUFFIX`, by where they start.
+        pages: `[P]` of `PAGE`.
+        sequences: `[S]` of `SEQUENCE`.
+        pools: `[1]` of `POOLS`.
+    """
+
+    nodes: np.ndarray[Any, Any]
+    groups: np.ndarray[Any, Any]
+    table: np.ndarray[Any, Any]
+    tokens: np.ndarray[Any, Any]
+    suffixes: np.ndarray[Any, Any]
+    pages: np.ndarray[Any, Any]
+    sequences: np.ndarray[Any, Any]
+    pools: np.ndarray[Any, Any]
+
+
+# --- pools: rows that were freed are linked and used again, the latest first
+
+
+@compiled
+def _new_node(f, parent, token, length, label, count):
+    pools = f.pools[0]
+    node = pools.free_node
+    if node:
+        pools.free_node = f.nodes[node].next
+    else:
+        node = pools.end_node
+        pools.end_node += 1
+    pools.used_node += 1
+    row = f.nodes[node]
+    row.count, row.token, row.length, row.label, row.parent = count, token, length, label, parent
+    row.first = row.last = row.prev = row.next = row.group = row.suffix = 0
+    return node
+
+
+@compiled
+def _free_node(f, node):
+    f.nodes[node].next = f.pools[0].free_node
+    f.nodes[node].parent = 0
+    f.pools[0].free_node = node
+    f.pools[0].used_node -= 1
+
+
+@compiled
+def _new_group(f, node):
+    """Let a node be a group of its own."""
+    pools = f.pools[0]
+    group = pools.free_group
+    if group:
+        pools.free_group = f.groups[group].head
+    else:
+        group = pools.end_group
+        pools.end_group += 1
+    pools.used_group += 1
+    f.groups[group].head = f.groups[group].tail = node
+    f.nodes[node].group = group
+
+
+@compiled
+def _free_group(f, group):
+    f.groups[group].head = f.pools[0].free_group
+    f.pools[0].free_group = group
+    f.pools[0].used_group -= 1
+
+
+@compiled
+def _new_page(f, sequence):
+    """Append a page to a sequence."""
+    pools = f.pools[0]
+    page = pools.free_page
+    if page:
+        pools.free_page = f.pages[page].next
+    else:
+        page = pools.end_page
+        pools.end_page += 1
+    pools.used_page += 1
+    owner = f.sequences[sequence]
+    f.pages[page].sequence, f.pages[page].prev, f.pages[page].next = sequence, owner.last_page, 0
+    if owner.last_page:
+        f.pages[owner.last_page].next = page
+    else:
+        owner.first_page = page
+    owner.last_page = page
+    return page
+
+
+@compiled
+def _free_sequence(f, sequence):
+    """Free a sequence and its pages."""
+    pools = f.pools[0]
+    page = f.sequences[sequence].first_page
+    while page:
+        following = f.pages[page].next
+        f.pages[page].next = pools.free_page
+        f.pages[page].sequence = 0
+        pools.free_page = page
+        pools.used_page -= 1
+        page = following
+    f.sequences[sequence].root = pools.free_sequence
+    pools.free_sequence = sequence
+    pools.used_sequence -= 1
+
+
+@compiled
+def new_root(f):
+    """Plant a tree; return its root."""
+    return _new_node(f, 0, 0, 0, 0, 0)
+
+
+@compiled
+def new_sequence(f, root):
+    """Begin a sequence, without tokens, in the tree of `root`; return it."""
+    pools = f.pools[0]
+    sequence = pools.free_sequence
+    if sequence:
+        pools.free_sequence = f.sequences[sequence].root
+    else:
+        sequence = pools.end_sequence
+        pools.end_sequence += 1
+    pools.used_sequence += 1
+    row = f.sequences[sequence]
+    row.root, row.length, row.first_page, row.last_page = root, 0, 0, 0
+    return sequence
+
+
+# --- children by their first token: open addressing, linear probing
+
+
+@compiled
+def _home(f, parent, token):
+    """Where the probing for a child begins (Knuth's multiplicative hash)."""
+    key = (np.uint64(parent) << np.uint64(32)) | np.uint64(np.uint32(token))
+    mixed = (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    return np.int64(mixed) & (f.table.size - 1)
+
+
+@compiled
+def _find_child(f, node, token):
+    first = f.nodes[node].first
+    if first == 0 or f.nodes[first].token == token:
+        return np.int64(first)
+    if f.nodes[first].next == 0:
+        return np.int64(0)
+    slot = _home(f, node, token)
+    while f.table[slot]:
+        child = f.nodes[f.table[slot]]
+        if child.parent == node and child.token == token:
+            return np.int64(f.table[slot])
+        slot = (slot + 1) & (f.table.size - 1)
+    return np.int64(0)
+
+
+@compiled
+def _enter(f, node):
+    """Put a node into the table."""
+    slot = _home(f, f.nodes[node].parent, f.nodes[node].token)
+    while f.table[slot]:
+        slot = (slot + 1) & (f.table.size - 1)
+    f.table[slot] = node
+
+
+@compiled
+def _slot(f, node):
+    slot = _home(f, f.nodes[node].parent, f.nodes[node].token)
+    while f.table[slot] != node:
+        slot = (slot + 1) & (f.table.size - 1)
+    return slot
+
+
+@compiled
+def _leave(f, node):
+    """Take a node out of the table, and close the gap (Knuth, vol. 3, algorithm 6.4R)."""
+    mask = f.table.size - 1
+    gap = _slot(f, node)
+    slot = (gap + 1) & mask
+    while f.table[slot]:
+        other = f.nodes[f.table[slot]]
+        # It may move to the gap unless its home lies between the gap and its place.
+        if ((slot - _home(f, other.parent, other.token)) & mask) >= ((slot - gap) & mask):
+            f.table[gap] = f.table[slot]
+            gap = slot
+        slot = (slot + 1) & mask
+    f.table[gap] = 0
+
+
+@compiled
+def fill_table(f):
+    """Enter all nodes of all trees into an empty table."""
+    for node in range(1, f.pools[0].end_node):
+        if f.nodes[node].parent > 0:  # neither free nor a root
+            _enter(f, node)
+
+
+# --- siblings: a doubly linked list, highest count first, equal counts in the order that the
+# rules below give them; path drafts follow the first, so the order is part of the result
+
+
+@compiled
+def _link(f, node, before):
+    """Put a node into its parent's list, before a sibling or, if that is 0, at the end."""
+    row, parent = f.nodes[node], f.nodes[f.nodes[node].parent]
+    row.next = before
+    row.prev = f.nodes[before].prev if before else parent.last
+    if row.prev:
+        f.nodes[row.prev].next = node
+    else:
+        parent.first = node
+    if before:
+        f.nodes[before].prev = node
+    else:
+        parent.last = node
+
+
+@compiled
+def _unlink(f, node):
+    """Take a node out of its parent's list and out of its group."""
+    row, parent = f.nodes[node], f.nodes[f.nodes[node].parent]
+    if row.prev:
+        f.nodes[row.prev].next = row.next
+    else:
+        parent.first = row.next
+    if row.next:
+        f.nodes[row.next].prev = row.prev
+    else:
+        parent.last = row.prev
+    group = f.groups[row.group]
+    if group.head == group.tail:
+        _free_group(f, row.group)
+    elif group.head == node:
+        group.head = row.next
+    elif group.tail == node:
+        group.tail = row.prev
+
+
+@compiled
+def _add_child(f, node):
+    """Put a new node of count 1 behind all its siblings."""
+    last = f.nodes[f.nodes[node].parent].last
+    _link(f, node, 0)
+    if last and f.nodes[last].count == f.nodes[node].count:
+        f.nodes[node].group = f.nodes[last].group
+        f.groups[f.nodes[node].group].tail = node
+    else:
+        _new_group(f, node)
+    _enter(f, node)
+
+
+@compiled
+def _remove_child(f, node):
+    _leave(f, node)
+    _unlink(f, node)
+    _free_node(f, node)
+
+
+@compiled
+def _replace(f, old, new):
+    """Let `new` take the place of `old`, count and first token included; free `old`'s entry only.
+
+    The caller has taken `new` out of the table and of its own list.
+    """
+    row, gone = f.nodes[new], f.nodes[old]
+    f.table[_slot(f, old)] = new
+    row.count, row.token, row.parent = gone.count, gone.token, gone.parent
+    row.prev, row.next, row.group = gone.prev, gone.next, gone.group
+    if row.prev:
+        f.nodes[row.prev].next = new
+    else:
+        f.nodes[row.parent].first = new
+    if row.next:
+        f.nodes[row.next].prev = new
+    else:
+        f.nodes[row.parent].last = new
+    group = f.groups[row.group]
+    if group.head == old:
+        group.head = new
+    if group.tail == old:
+        group.tail = new
+
+
+@compiled
+def _increment(f, node):
+    """Count one suffix more.
+
+    Out of the middle of its group a node goes to the tail of the next higher one; the head of a
+    group becomes the head of the next higher one, if that is higher by one.
+    """
+    row = f.nodes[node]
+    count = row.count + 1
+    group = f.groups[row.group]
+    prev = row.prev
+    if group.head == node:
+        if prev == 0 or f.nodes[prev].count > count:
+            if group.tail != node:
+                group.head = row.next
+                _new_group(f, node)
+        else:
+            _unlink(f, node)
+            row.group = f.nodes[prev].group
+            _link(f, node, f.groups[row.group].head)
+            f.groups[row.group].head = node
+    else:
+        head = group.head
+        prev = f.nodes[head].prev
+        _unlink(f, node)
+        _link(f, node, head)
+        if prev and f.nodes[prev].count == count:
+            row.group = f.nodes[prev].group
+            f.groups[row.group].tail = node
+        else:
+            _new_group(f, node)
+    row.count = count
+
+
+@compiled
+def _decrement(f, node):
+    """Count one suffix less: behind its group, and at the head of the next lower one."""
+    row = f.nodes[node]
+    count = row.count - 1
+    group = f.groups[row.group]
+    after = f.nodes[group.tail].next
+    joins = after != 0 and f.nodes[after].count == count
+    if group.head != node or group.tail != node or joins:
+        _unlink(f, node)
+        _link(f, node, after)
+        if joins:
+            row.group = f.nodes[after].group
+            f.groups[row.group].head = node
+        else:
+            _new_group(f, node)
+    row.count = count
+
+
+# --- sequences and their suffixes
+
+
+@compiled
+def _token(f, label):
+    width = f.tokens.shape[1]
+    return f.tokens[label // width, label % width]
+
+
+@compiled
+def _owner(f, label):
+    """The sequence whose tokens a label points at."""
+    return f.pages[label // f.tokens.shape[1]].sequence
+
+
+@compiled
+def _page_size(f):
+    return f.suffixes.size // f.pages.size
+
+
+@compiled
+def _suffix(f, sequence, start):
+    """The suffix that starts at a token of the last or the last but one page."""
+    row, size = f.sequences[sequence], _page_size(f)
+    page = row.last_page
+    if start < (row.length - 1) // size * size:
+        page = f.pages[page].prev
+    return page * size + start % size
+
+
+@compiled
+def _text(f, suffix):
+    """Where a suffix's tokens are."""
+    size = _page_size(f)
+    return suffix // size * f.tokens.shape[1] + suffix % size
+
+
+@compiled
+def _end_in(f, suffix, node):
+    """Let a suffix end in a node."""
+    row = f.suffixes[suffix]
+    row.node, row.prev, row.next = node, 0, f.nodes[node].suffix
+    if row.next:
+        f.suffixes[row.next].prev = suffix
+    f.nodes[node].suffix = suffix
+
+
+@compiled
+def _end_nowhere(f, suffix):
+    row = f.suffixes[suffix]
+    if row.prev:
+        f.suffixes[row.prev].next = row.next
+    else:
+        f.nodes[row.node].suffix = row.next
+    if row.next:
+        f.suffixes[row.next].prev = row.prev
+
+
+@compiled
+def _move(f, suffix, node):
+    _end_nowhere(f, suffix)
+    _end_in(f, suffix, node)
+
+
+# --- append
+
+
+@compiled
+def _store(f, sequence, token):
+    """Write a token behind a sequence; return the suffix that starts there."""
+    row, size = f.sequences[sequence], _page_size(f)
+    offset = row.length % size
+    page = _new_page(f, sequence) if offset == 0 else np.int64(row.last_page)
+    f.tokens[page, offset] = token
+    before = f.pages[page].prev
+    if before and size + offset < f.tokens.shape[1]:
+        f.tokens[before, size + offset] = token
+    row.length += 1
+    return page * size + offset
+
+
+@compiled
+def _swallow_parent(f, node):
+    """Prepend its parent's edge to a node that is the only child, and let it take its place."""
+    parent = f.nodes[node].parent
+    _leave(f, node)
+    _free_group(f, f.nodes[node].group)
+    f.nodes[node].length += f.nodes[parent].length
+    f.nodes[node].label -= f.nodes[parent].length
+    _replace(f, parent, node)
+    _free_node(f, parent)
+
+
+@compiled
+def _behead(f, node, parent):
+    """Take the first token off an edge."""
+    row = f.nodes[node]
+    row.parent = parent
+    row.label += 1
+    row.length -= 1
+    row.token = _token(f, row.label)
+
+
+@compiled
+def _split(f, node):
+    """Give the first token of an edge a node of its own; return that."""
+    row = f.nodes[node]
+    upper = _new_node(f, row.parent, row.token, 1, row.label, row.count)
+    _replace(f, node, upper)
+    _behead(f, node, upper)
+    _link_only_child(f, node)
+    return upper
+
+
+@compiled
+def _link_only_child(f, node):
+    _link(f, node, 0)
+    _new_group(f, node)
+    _enter(f, node)
+
+
+@compiled
+def _lengthen(f, suffix, label):
+    """Append to a suffix the token at `label`, which is the end of its tokens."""
+    token = _token(f, label)
+    node = np.int64(f.suffixes[suffix].node)
+    row = f.nodes[node]
+    is_root = row.parent == 0
+    child = _find_child(f, node, token)
+    if child == 0:
+        if row.count == 1 and not is_root:
+            row.length += 1
+        else:
+            child = _new_node(f, node, token, 1, label, 1)
+            _add_child(f, child)
+            _move(f, suffix, child)
+    elif row.count == f.nodes[child].count + 1 and not is_root:
+        # Nothing else ends here: the two become one edge, or the border between them moves.
+        if f.nodes[child].length == 1:
+            _move(f, suffix, child)
+            _swallow_parent(f, child)
+        else:
+            row.length += 1
+            _leave(f, child)
+            _behead(f, child, node)
+            _enter(f, child)
+    else:
+        if f.nodes[child].length > 1:
+            child = _split(f, child)
+        _increment(f, child)
+        _move(f, suffix, child)
+
+
+@compiled
+def _append(f, sequence, token):
+    """Append a token to a sequence and to each of its last `max_depth` suffixes."""
+    max_depth = f.tokens.shape[1] - _page_size(f)
+    suffix = _store(f, sequence, token)
+    row = f.sequences[sequence]
+    f.nodes[row.root].count += 1
+    _end_in(f, suffix, row.root)
+    for start in range(max(0, row.length - max_depth), row.length):
+        suffix = _suffix(f, sequence, start)
+        _lengthen(f, suffix, _text(f, suffix) + row.length - 1 - start)
+
+
+@compiled
+def extend(f, tokens, spans):
+    """Append `tokens[begin:end]` to a sequence for each row (sequence, begin, end) of `spans`.
+
+    Returns false when a pool is too small for the next token; `begin` then says what is left.
+    """
+    max_depth = f.tokens.shape[1] - _page_size(f)
+    pools = f.pools[0]
+    for i in range(spans.shape[0]):
+        sequence, begin, end = spans[i, 0], spans[i, 1], spans[i, 2]
+        for t in range(begin, end):
+            # Each suffix makes one node at most.
+            if pools.used_node + max_depth >= f.nodes.size or pools.used_page + 1 >= f.pages.size:
+                spans[i, 1] = t
+                return False
+            _append(f, sequence, tokens[t])
+        spans[i, 1] = end
+    return True
+
+
+# --- remove
+
+
+@compiled
+def _forget(f, suffix, length):
+    """Count a suffix of `length` tokens no more."""
+    _end_nowhere(f, suffix)
+    node = np.int64(f.sequences[f.pages[suffix // _page_size(f)].sequence].root)
+    f.nodes[node].count -= 1
+    label, depth = _text(f, suffix), 0
+    while depth < length:
+        child = _find_child(f, node, _token(f, label + depth))
+        if f.nodes[child].count == 1:
+            _remove_child(f, child)
+            break
+        _decrement(f, child)
+        depth += f.nodes[child].length
+        node = child
+    only = f.nodes[node].first
+    if f.nodes[node].parent and only and f.nodes[only].count == f.nodes[node].count:
+        _swallow_parent(f, only)
+
+
+@compiled
+def _relabel(f, suffix, length):
+    """Let no node on the way of a forgotten suffix read the tokens of its sequence."""
+    sequence = f.pages[suffix // _page_size(f)].sequence
+    node = np.int64(f.sequences[sequence].root)
+    label, depth = _text(f, suffix), 0
+    while depth < length:
+        node = _find_child(f, node, _token(f, label + depth))
+        if node == 0:
+            break
+        if _owner(f, f.nodes[node].label) == sequence:
+            below = node
+            while f.nodes[below].suffix == 0:
+                below = np.int64(f.nodes[below].first)
+            f.nodes[node].label = _text(f, np.int64(f.nodes[below].suffix)) + depth
+        depth += f.nodes[node].length
+
+
+@compiled
+def remove(f, sequence):
+    """Take a sequence out of its tree, suffix by suffix from the longest, and free it."""
+    size = _page_size(f)
+    max_depth = f.tokens.shape[1] - size
+    length = f.sequences[sequence].length
+    for again in range(2):
+        page = np.int64(f.sequences[sequence].first_page)
+        for start in range(length):
+            suffix = page * size + start % size
+            if again:
+                _relabel(f, suffix, min(max_depth, length - start))
+            else:
+                _forget(f, suffix, min(max_depth, length - start))
+            if start % size == size - 1:
+                page = np.int64(f.pages[page].next)
+    _free_sequence(f, sequence)
+
+
+@compiled
+def fell(f, sequence):
+    """Free a sequence and its whole tree, which has no other one."""
+    root = np.int64(f.sequences[sequence].root)
+    node = root
+    while node:
+        if f.nodes[node].first:
+            node = np.int64(f.nodes[node].first)
+            continue
+        parent = np.int64(f.nodes[node].parent)
+        if node == root:
+            _free_node(f, node)
+        else:
+            _remove_child(f, node)
+        node = parent
+    _free_sequence(f, sequence)
+
+
+# --- match and draft
+
+
+@compiled
+def _walk(f, root, context, start):
+    """Match `context[start:]` from the root; return a node and the tokens used of its edge.
+
+    Node 0 if there is no match.
+    """
+    node, used, label = np.int64(root), np.int64(0), np.int64(0)
+    for i in range(start, context.size):
+        if used == f.nodes[node].length:
+            node = _find_child(f, node, context[i])
+            if node == 0:
+                return node, used
+            used = np.int64(1)
+            label = np.int64(f.nodes[node].label)
+        elif _token(f, label + used) == context[i]:
+            used += 1
+        else:
+            return np.int64(0), used
+    return node, used
+
+
+@compiled
+def _known_suffixes(f, sequence, context):
+    """How many of the shortest suffixes of the context are suffixes of the sequence: all or none.
+
+    Those of a sequence's end need no search: its suffixes know where they end.
+    """
+    if sequence == 0:
+        return 0
+    count = min(context.size, f.sequences[sequence].length)
+    if count == 0:
+        return 0
+    max_depth = f.tokens.shape[1] - _page_size(f)
+    count = min(count, max_depth)
+    label = _text(f, _suffix(f, sequence, f.sequences[sequence].length - count))
+    for i in range(count):
+        if _token(f, label + i) != context[context.size - count + i]:
+            return 0
+    return count
+
+
+@compiled
+def _matches(f, root, sequence, context, nodes, used):
+    """Match the last 1, 2, … tokens of the context, but never all; return how many matched.
+
+    Writes for each of these matches its node and the tokens used of that node's edge.
+    """
+    if root == 0:
+        return 0
+    known = _known_suffixes(f, sequence, context)
+    for m in range(1, context.size):
+        if m <= known:
+            suffix = _suffix(f, sequence, f.sequences[sequence].length - m)
+            nodes[m] = f.suffixes[suffix].node
+            used[m] = f.nodes[nodes[m]].length
+        else:
+            nodes[m], used[m] = _walk(f, root, context, context.size - m)
+            if nodes[m] == 0:
+                return m - 1
+    return context.size - 1
+
+
+@compiled
+def _path(f, node, used, budget, min_prob, token_ids, parents, probs):
+    """Follow the most frequent continuation; return the number of tokens and their score."""
+    prob, score, count = np.float32(1), np.float32(0), 0
+    while count < budget and prob >= min_prob:
+        row = f.nodes[node]
+        if used < row.length:
+            token_ids[count] = _token(f, row.label + used)
+            parents[count] = count - 1
+            probs[count] = prob
+            score += prob
+            count += 1
+            used += 1
+        elif row.first:
+            prob *= np.float32(f.nodes[row.first].count) / np.float32(row.count)
+            node, used = np.int64(row.first), np.int64(0)
+        else:
+            break
+    return count, score
+
+
+@compiled
+def _sift_up(heap, place, prob, parent, node, used):
+    while place > 0 and heap[(place - 1) // 2].prob < prob:
+        heap[place] = heap[(place - 1) // 2]
+        place = (place - 1) // 2
+    row = heap[place]
+    row.prob, row.parent, row.node, row.used = prob, parent, node, used
+
+
+@compiled
+def _pop(heap, size):
+    """Remove the top of a heap of `size`: the hole sinks to a leaf, then the last one rises.
+
+    That, and preferring the right one of two equal children, is how C++ libraries do it, so that
+    equal probabilities come in the order in which users of the original get them.
+    """
+    prob, parent = heap[size - 1].prob, heap[size - 1].parent
+    node, used = heap[size - 1].node, heap[size - 1].used
+    hole, size = 0, size - 1
+    while 2 * hole + 1 < size:
+        child = 2 * hole + 2
+        if child == size or heap[child].prob < heap[child - 1].prob:
+            child -= 1
+        heap[hole] = heap[child]
+        hole = child
+    if size:
+        _sift_up(heap, hole, prob, parent, node, used)
+    return size
+
+
+@compiled
+def _tree(f, node, used, budget, min_prob, token_ids, parents, probs, heap):
+    """Take the most probable tokens of all continuations; return number, score and the heap."""
+    score, count, size = np.float32(0), 0, 0
+    if budget > 0 and np.float32(1) >= min_prob:
+        _sift_up(heap, 0, np.float32(1), -1, node, used)
+        size = 1
+    while count < budget and size:
+        prob, parent = heap[0].prob, heap[0].parent
+        node, used = np.int64(heap[0].node), heap[0].used
+        size = _pop(heap, size)
+        row = f.nodes[node]
+        if used < row.length:
+            token_ids[count] = _token(f, row.label + used)
+            parents[count] = parent
+            probs[count] = prob
+            score += prob
+            _sift_up(heap, size, prob, count, node, used + 1)
+            count += 1
+            size += 1
+            continue
+        child = np.int64(row.first)
+        while child:
+            child_prob = prob * (np.float32(f.nodes[child].count) / np.float32(row.count))
+            if child_prob < min_prob:
+                break  # the siblings behind it are not more frequent
+            if size + 1 >= heap.size:
+                larger = np.empty(2 * heap.size, heap.dtype)
+                larger[:size] = heap[:size]
+                heap = larger
+            _sift_up(heap, size, child_prob, parent, child, 0)
+            size += 1
+            child = np.int64(f.nodes[child].next)
+    return count, score, heap
+
+
+@compiled
+def _budget(match_len, limit, factor, offset):
+    """How many tokens to draft after a match, in float32 as the original computes it."""
+    wanted = np.float32(match_len) * factor + offset + np.float32(1e-6)
+    if wanted >= limit:  # also what is too large for an integer
+        return limit
+    return np.int64(wanted) if wanted > 0 else np.int64(0)
+
+
+@compiled
+def speculate(f, contexts, queries, parameters, use_tree, token_ids, parents, probs, drafts):
+    """Draft for each of B contexts from a local and a shared tree; the higher score wins.
+
+    Args:
+        f: the forest.
+        contexts: `[B, max_depth]` int32, each at the end of its row.
+        queries: `[B, 6]` int64: tokens of the context; most tokens of the draft; root of the local
+            tree, and its sequence that may end like the context; the same of the shared tree. 0 for
+            none.
+        parameters: `[3]` float32: most tokens of a draft for each one matched; beside those; the
+            least probability.
+        use_tree: draft a tree, not a path.
+        token_ids: `[B, L]` int32, written, as are
+        parents: `[B, L]` int32,
+        probs: `[B, L]` float32 and
+        drafts: `[B]` of `DRAFT`.
+    """
+    factor, offset, min_prob = parameters[0], parameters[1], parameters[2]
+    max_depth, most = contexts.shape[1], token_ids.shape[1]
+    nodes, used = np.empty(max_depth, np.int64), np.empty(max_depth, np.int64)
+    heap = np.empty(64, CANDIDATE)
+    new_ids, new_parents = np.empty(most, np.int32), np.empty(most, np.int32)
+    new_probs = np.empty(most, np.float32)
+    for i in range(queries.shape[0]):
+        context = contexts[i, max_depth - queries[i, 0] :]
+        best = drafts[i]
+        best.num_tokens, best.match_len, best.score = 0, 0, -1
+        for root, sequence in ((queries[i, 2], queries[i, 3]), (queries[i, 4], queries[i, 5])):
+            # From the longest match down: of equal scores the longer match's is kept, and one that
+            # may draft no more tokens than the best score need not be looked at.
+            for m in range(_matches(f, root, sequence, context, nodes, used), 0, -1):
+                budget = _budget(m, queries[i, 1], factor, offset)
+                if np.float32(budget) <= best.score:
+                    continue
+                if use_tree:
+                    count, score, heap = _tree(
+                        f, nodes[m], used[m], budget, min_prob, new_ids, new_parents, new_probs, heap
+                    )
+                else:
+                    count, score = _path(
+                        f, nodes[m], used[m], budget, min_prob, new_ids, new_parents, new_probs
+                    )
+                if score > best.score:
+                    best.num_tokens, best.match_len, best.score = count, m, score
+                    token_ids[i, :count] = new_ids[:count]
+                    parents[i, :count] = new_parents[:count]
+                    probs[i, :count] = new_probs[:count]
+            best.score = max(best.score, np.float32(0))  # an empty local draft beats a shared one
