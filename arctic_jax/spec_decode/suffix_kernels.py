@@ -765,7 +765,7 @@ def _pop(heap, size):
 def _tree(f, node, used, budget, min_prob, token_ids, parents, probs, heap):
     """Take the most probable tokens of all continuations; return number, score and the heap."""
     score, count, size = np.float32(0), 0, 0
-    if budget > 0 and np.float32(1) >= min_prob:
+    if budget > 0:
         _sift_up(heap, 0, np.float32(1), -1, node, used)
         size = 1
     while count < budget and size:
@@ -784,7 +784,7 @@ def _tree(f, node, used, budget, min_prob, token_ids, parents, probs, heap):
             continue
         child = np.int64(row.first)
         while child:
-            child_prob = prob * (np.float32(f.nodes[child].count) / np.float32(row.count))
+            child_prob = prob * np.float32(f.nodes[child].count) / np.float32(row.count)
             if child_prob < min_prob:
                 break  # the siblings behind it are not more frequent
             if size + 1 >= heap.size:
