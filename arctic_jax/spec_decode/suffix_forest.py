@@ -71,13 +71,17 @@ class SuffixForest:
         if max_depth < 1:
             raise ValueError(f"a suffix tree is at least 1 token deep, not {max_depth}")
         compile_kernels()
-        self.max_depth = max_depth
         self.arrays = _planted(max_depth)
+
+    @property
+    def max_depth(self) -> int:
+        """Tokens of the longest suffix."""
+        return self.arrays.max_depth
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays. Doubled ahead of need; the system lends pages as they are used."""
-        return sum(pool.nbytes for pool in self.arrays)
+        return sum(pool.nbytes for pool in self.arrays if isinstance(pool, np.ndarray))
 
     def new_root(self) -> int:
         """Plant a tree."""
@@ -212,7 +216,8 @@ def _check_array(tokens: np.ndarray[Any, Any]) -> None:
 
 def _planted(max_depth: int) -> kernels.Forest:
     """Return an empty forest."""
-    nodes, pages, page_size = _MIN_NODES + max_depth, 4, max(max_depth, _MIN_PAGE_SIZE)
+    nodes, pages = _MIN_NODES + max_depth, 4
+    page_bits = (max(max_depth, _MIN_PAGE_SIZE) - 1).bit_length()
     pools = np.zeros(1, kernels.POOLS)
     for pool in _POOLS:
         pools[f"end_{pool}"] = 1  # row 0 stands for nothing
@@ -220,16 +225,18 @@ def _planted(max_depth: int) -> kernels.Forest:
         nodes=np.zeros(nodes, kernels.NODE),
         groups=np.zeros(nodes, kernels.GROUP),
         table=np.zeros(_table_size(nodes), np.int32),
-        tokens=np.zeros((pages, page_size + max_depth), np.int32),
-        suffixes=np.zeros(pages * page_size, kernels.SUFFIX),
+        tokens=np.zeros(pages << (page_bits + 1), np.int32),
+        suffixes=np.zeros(pages << page_bits, kernels.SUFFIX),
         pages=np.zeros(pages, kernels.PAGE),
         sequences=np.zeros(4, kernels.SEQUENCE),
         pools=pools,
+        max_depth=max_depth,
+        page_bits=page_bits,
     )
 
 
 def _doubled(pool: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    larger = np.zeros((2 * len(pool), *pool.shape[1:]), pool.dtype)
+    larger = np.zeros(2 * len(pool), pool.dtype)
     larger[: len(pool)] = pool
     return larger
 

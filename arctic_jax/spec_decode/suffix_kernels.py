@@ -16,6 +16,7 @@ import numba
 import numpy as np
 
 compiled = numba.njit(cache=True)
+inlined = numba.njit(cache=True, forceinline=True)
 
 
 def _int32_fields(names: str) -> np.dtype[np.void]:
@@ -48,11 +49,13 @@ class Forest(NamedTuple):
         nodes: `[N]` of `NODE`.
         groups: `[N]` of `GROUP`.
         table: `[power of 2, at least 2 N]` hash table of (parent, first token) → node.
-        tokens: `[P, page_size + max_depth]`; the last `max_depth` repeat the next page's first.
+        tokens: `[P * 2 * page_size]` int32; the second half of a page repeats the next page.
         suffixes: `[P * page_size]` of `SUFFIX`, by where they start.
         pages: `[P]` of `PAGE`.
         sequences: `[S]` of `SEQUENCE`.
         pools: `[1]` of `POOLS`.
+        max_depth: tokens of the longest suffix.
+        page_bits: log2 of the page size, which is at least `max_depth`.
     """
 
     nodes: np.ndarray[Any, Any]
@@ -63,12 +66,14 @@ class Forest(NamedTuple):
     pages: np.ndarray[Any, Any]
     sequences: np.ndarray[Any, Any]
     pools: np.ndarray[Any, Any]
+    max_depth: int
+    page_bits: int
 
 
 # --- pools: rows that were freed are linked and used again, the latest first
 
 
-@compiled
+@inlined
 def _new_node(f, parent, token, length, label, count):
     pools = f.pools[0]
     node = pools.free_node
@@ -84,7 +89,7 @@ def _new_node(f, parent, token, length, label, count):
     return node
 
 
-@compiled
+@inlined
 def _free_node(f, node):
     f.nodes[node].next = f.pools[0].free_node
     f.nodes[node].parent = 0
@@ -92,7 +97,7 @@ def _free_node(f, node):
     f.pools[0].used_node -= 1
 
 
-@compiled
+@inlined
 def _new_group(f, node):
     """Let a node be a group of its own."""
     pools = f.pools[0]
@@ -107,14 +112,14 @@ def _new_group(f, node):
     f.nodes[node].group = group
 
 
-@compiled
+@inlined
 def _free_group(f, group):
     f.groups[group].head = f.pools[0].free_group
     f.pools[0].free_group = group
     f.pools[0].used_group -= 1
 
 
-@compiled
+@inlined
 def _new_page(f, sequence):
     """Append a page to a sequence."""
     pools = f.pools[0]
@@ -135,7 +140,7 @@ def _new_page(f, sequence):
     return page
 
 
-@compiled
+@inlined
 def _free_sequence(f, sequence):
     """Free a sequence and its pages."""
     pools = f.pools[0]
@@ -177,7 +182,7 @@ def new_sequence(f, root):
 # --- children by their first token: open addressing, linear probing
 
 
-@compiled
+@inlined
 def _home(f, parent, token):
     """Where the probing for a child begins (Knuth's multiplicative hash)."""
     key = (np.uint64(parent) << np.uint64(32)) | np.uint64(np.uint32(token))
@@ -185,7 +190,7 @@ def _home(f, parent, token):
     return np.int64(mixed) & (f.table.size - 1)
 
 
-@compiled
+@inlined
 def _find_child(f, node, token):
     first = f.nodes[node].first
     if first == 0 or f.nodes[first].token == token:
@@ -201,7 +206,7 @@ def _find_child(f, node, token):
     return np.int64(0)
 
 
-@compiled
+@inlined
 def _enter(f, node):
     """Put a node into the table."""
     slot = _home(f, f.nodes[node].parent, f.nodes[node].token)
@@ -210,7 +215,7 @@ def _enter(f, node):
     f.table[slot] = node
 
 
-@compiled
+@inlined
 def _slot(f, node):
     slot = _home(f, f.nodes[node].parent, f.nodes[node].token)
     while f.table[slot] != node:
@@ -218,7 +223,7 @@ def _slot(f, node):
     return slot
 
 
-@compiled
+@inlined
 def _leave(f, node):
     """Take a node out of the table, and close the gap (Knuth, vol. 3, algorithm 6.4R)."""
     mask = f.table.size - 1
@@ -246,7 +251,7 @@ def fill_table(f):
 # rules below give them; path drafts follow the first, so the order is part of the result
 
 
-@compiled
+@inlined
 def _link(f, node, before):
     """Put a node into its parent's list, before a sibling or, if that is 0, at the end."""
     row, parent = f.nodes[node], f.nodes[f.nodes[node].parent]
@@ -262,7 +267,7 @@ def _link(f, node, before):
         parent.last = node
 
 
-@compiled
+@inlined
 def _unlink(f, node):
     """Take a node out of its parent's list and out of its group."""
     row, parent = f.nodes[node], f.nodes[f.nodes[node].parent]
@@ -283,7 +288,7 @@ def _unlink(f, node):
         group.tail = row.prev
 
 
-@compiled
+@inlined
 def _add_child(f, node):
     """Put a new node of count 1 behind all its siblings."""
     last = f.nodes[f.nodes[node].parent].last
@@ -296,14 +301,14 @@ def _add_child(f, node):
     _enter(f, node)
 
 
-@compiled
+@inlined
 def _remove_child(f, node):
     _leave(f, node)
     _unlink(f, node)
     _free_node(f, node)
 
 
-@compiled
+@inlined
 def _replace(f, old, new):
     """Let `new` take the place of `old`, count and first token included; free `old`'s entry only.
 
@@ -328,7 +333,7 @@ def _replace(f, old, new):
         group.tail = new
 
 
-@compiled
+@inlined
 def _increment(f, node):
     """Count one suffix more.
 
@@ -362,7 +367,7 @@ def _increment(f, node):
     row.count = count
 
 
-@compiled
+@inlined
 def _decrement(f, node):
     """Count one suffix less: behind its group, and at the head of the next lower one."""
     row = f.nodes[node]
@@ -384,41 +389,29 @@ def _decrement(f, node):
 # --- sequences and their suffixes
 
 
-@compiled
-def _token(f, label):
-    width = f.tokens.shape[1]
-    return f.tokens[label // width, label % width]
-
-
-@compiled
+@inlined
 def _owner(f, label):
     """The sequence whose tokens a label points at."""
-    return f.pages[label // f.tokens.shape[1]].sequence
+    return f.pages[label >> (f.page_bits + 1)].sequence
 
 
-@compiled
-def _page_size(f):
-    return f.suffixes.size // f.pages.size
-
-
-@compiled
+@inlined
 def _suffix(f, sequence, start):
     """The suffix that starts at a token of the last or the last but one page."""
-    row, size = f.sequences[sequence], _page_size(f)
+    row = f.sequences[sequence]
     page = row.last_page
-    if start < (row.length - 1) // size * size:
+    if start >> f.page_bits < (row.length - 1) >> f.page_bits:
         page = f.pages[page].prev
-    return page * size + start % size
+    return (page << f.page_bits) + (start & ((1 << f.page_bits) - 1))
 
 
-@compiled
+@inlined
 def _text(f, suffix):
     """Where a suffix's tokens are."""
-    size = _page_size(f)
-    return suffix // size * f.tokens.shape[1] + suffix % size
+    return suffix + (suffix >> f.page_bits << f.page_bits)
 
 
-@compiled
+@inlined
 def _end_in(f, suffix, node):
     """Let a suffix end in a node."""
     row = f.suffixes[suffix]
@@ -428,7 +421,7 @@ def _end_in(f, suffix, node):
     f.nodes[node].suffix = suffix
 
 
-@compiled
+@inlined
 def _end_nowhere(f, suffix):
     row = f.suffixes[suffix]
     if row.prev:
@@ -439,7 +432,7 @@ def _end_nowhere(f, suffix):
         f.suffixes[row.next].prev = row.prev
 
 
-@compiled
+@inlined
 def _move(f, suffix, node):
     _end_nowhere(f, suffix)
     _end_in(f, suffix, node)
@@ -448,21 +441,21 @@ def _move(f, suffix, node):
 # --- append
 
 
-@compiled
+@inlined
 def _store(f, sequence, token):
     """Write a token behind a sequence; return the suffix that starts there."""
-    row, size = f.sequences[sequence], _page_size(f)
-    offset = row.length % size
+    row, size = f.sequences[sequence], 1 << f.page_bits
+    offset = row.length & (size - 1)
     page = _new_page(f, sequence) if offset == 0 else np.int64(row.last_page)
-    f.tokens[page, offset] = token
-    before = f.pages[page].prev
-    if before and size + offset < f.tokens.shape[1]:
-        f.tokens[before, size + offset] = token
+    f.tokens[2 * page * size + offset] = token
+    before = np.int64(f.pages[page].prev)
+    if before:
+        f.tokens[(2 * before + 1) * size + offset] = token
     row.length += 1
     return page * size + offset
 
 
-@compiled
+@inlined
 def _swallow_parent(f, node):
     """Prepend its parent's edge to a node that is the only child, and let it take its place."""
     parent = f.nodes[node].parent
@@ -474,17 +467,17 @@ def _swallow_parent(f, node):
     _free_node(f, parent)
 
 
-@compiled
+@inlined
 def _behead(f, node, parent):
     """Take the first token off an edge."""
     row = f.nodes[node]
     row.parent = parent
     row.label += 1
     row.length -= 1
-    row.token = _token(f, row.label)
+    row.token = f.tokens[row.label]
 
 
-@compiled
+@inlined
 def _split(f, node):
     """Give the first token of an edge a node of its own; return that."""
     row = f.nodes[node]
@@ -495,28 +488,25 @@ def _split(f, node):
     return upper
 
 
-@compiled
+@inlined
 def _link_only_child(f, node):
     _link(f, node, 0)
     _new_group(f, node)
     _enter(f, node)
 
 
-@compiled
+@inlined
 def _lengthen(f, suffix, label):
     """Append to a suffix the token at `label`, which is the end of its tokens."""
-    token = _token(f, label)
+    token = f.tokens[label]
     node = np.int64(f.suffixes[suffix].node)
     row = f.nodes[node]
     is_root = row.parent == 0
     child = _find_child(f, node, token)
     if child == 0:
-        if row.count == 1 and not is_root:
-            row.length += 1
-        else:
-            child = _new_node(f, node, token, 1, label, 1)
-            _add_child(f, child)
-            _move(f, suffix, child)
+        child = _new_node(f, node, token, 1, label, 1)
+        _add_child(f, child)
+        _move(f, suffix, child)
     elif row.count == f.nodes[child].count + 1 and not is_root:
         # Nothing else ends here: the two become one edge, or the border between them moves.
         if f.nodes[child].length == 1:
@@ -534,17 +524,24 @@ def _lengthen(f, suffix, label):
         _move(f, suffix, child)
 
 
-@compiled
+@inlined
 def _append(f, sequence, token):
     """Append a token to a sequence and to each of its last `max_depth` suffixes."""
-    max_depth = f.tokens.shape[1] - _page_size(f)
     suffix = _store(f, sequence, token)
     row = f.sequences[sequence]
     f.nodes[row.root].count += 1
     _end_in(f, suffix, row.root)
-    for start in range(max(0, row.length - max_depth), row.length):
-        suffix = _suffix(f, sequence, start)
-        _lengthen(f, suffix, _text(f, suffix) + row.length - 1 - start)
+    start = max(0, row.length - f.max_depth)
+    # What was said once is a leaf, and so is all that is longer: the first ones just grow.
+    while start < row.length - 1:
+        leaf = f.nodes[f.suffixes[_suffix(f, sequence, start)].node]
+        if leaf.count > 1:
+            break
+        leaf.length += 1
+        start += 1
+    for rest in range(start, row.length):
+        suffix = _suffix(f, sequence, rest)
+        _lengthen(f, suffix, _text(f, suffix) + row.length - 1 - rest)
 
 
 @compiled
@@ -553,13 +550,12 @@ def extend(f, tokens, spans):
 
     Returns false when a pool is too small for the next token; `begin` then says what is left.
     """
-    max_depth = f.tokens.shape[1] - _page_size(f)
     pools = f.pools[0]
     for i in range(spans.shape[0]):
         sequence, begin, end = spans[i, 0], spans[i, 1], spans[i, 2]
         for t in range(begin, end):
             # Each suffix makes one node at most.
-            if pools.used_node + max_depth >= f.nodes.size or pools.used_page + 1 >= f.pages.size:
+            if pools.used_node + f.max_depth >= f.nodes.size or pools.used_page + 1 >= f.pages.size:
                 spans[i, 1] = t
                 return False
             _append(f, sequence, tokens[t])
@@ -570,15 +566,15 @@ def extend(f, tokens, spans):
 # --- remove
 
 
-@compiled
+@inlined
 def _forget(f, suffix, length):
     """Count a suffix of `length` tokens no more."""
     _end_nowhere(f, suffix)
-    node = np.int64(f.sequences[f.pages[suffix // _page_size(f)].sequence].root)
+    node = np.int64(f.sequences[f.pages[suffix >> f.page_bits].sequence].root)
     f.nodes[node].count -= 1
     label, depth = _text(f, suffix), 0
     while depth < length:
-        child = _find_child(f, node, _token(f, label + depth))
+        child = _find_child(f, node, f.tokens[label + depth])
         if f.nodes[child].count == 1:
             _remove_child(f, child)
             break
@@ -590,14 +586,14 @@ def _forget(f, suffix, length):
         _swallow_parent(f, only)
 
 
-@compiled
+@inlined
 def _relabel(f, suffix, length):
     """Let no node on the way of a forgotten suffix read the tokens of its sequence."""
-    sequence = f.pages[suffix // _page_size(f)].sequence
+    sequence = f.pages[suffix >> f.page_bits].sequence
     node = np.int64(f.sequences[sequence].root)
     label, depth = _text(f, suffix), 0
     while depth < length:
-        node = _find_child(f, node, _token(f, label + depth))
+        node = _find_child(f, node, f.tokens[label + depth])
         if node == 0:
             break
         if _owner(f, f.nodes[node].label) == sequence:
@@ -611,18 +607,17 @@ def _relabel(f, suffix, length):
 @compiled
 def remove(f, sequence):
     """Take a sequence out of its tree, suffix by suffix from the longest, and free it."""
-    size = _page_size(f)
-    max_depth = f.tokens.shape[1] - size
+    size = 1 << f.page_bits
     length = f.sequences[sequence].length
     for again in range(2):
         page = np.int64(f.sequences[sequence].first_page)
         for start in range(length):
-            suffix = page * size + start % size
+            suffix = page * size + (start & (size - 1))
             if again:
-                _relabel(f, suffix, min(max_depth, length - start))
+                _relabel(f, suffix, min(f.max_depth, length - start))
             else:
-                _forget(f, suffix, min(max_depth, length - start))
-            if start % size == size - 1:
+                _forget(f, suffix, min(f.max_depth, length - start))
+            if start & (size - 1) == size - 1:
                 page = np.int64(f.pages[page].next)
     _free_sequence(f, sequence)
 
@@ -648,7 +643,7 @@ def fell(f, sequence):
 # --- match and draft
 
 
-@compiled
+@inlined
 def _walk(f, root, context, start):
     """Match `context[start:]` from the root; return a node and the tokens used of its edge.
 
@@ -662,14 +657,14 @@ def _walk(f, root, context, start):
                 return node, used
             used = np.int64(1)
             label = np.int64(f.nodes[node].label)
-        elif _token(f, label + used) == context[i]:
+        elif f.tokens[label + used] == context[i]:
             used += 1
         else:
             return np.int64(0), used
     return node, used
 
 
-@compiled
+@inlined
 def _known_suffixes(f, sequence, context):
     """How many of the shortest suffixes of the context are suffixes of the sequence: all or none.
 
@@ -680,16 +675,15 @@ def _known_suffixes(f, sequence, context):
     count = min(context.size, f.sequences[sequence].length)
     if count == 0:
         return 0
-    max_depth = f.tokens.shape[1] - _page_size(f)
-    count = min(count, max_depth)
+    count = min(count, f.max_depth)
     label = _text(f, _suffix(f, sequence, f.sequences[sequence].length - count))
     for i in range(count):
-        if _token(f, label + i) != context[context.size - count + i]:
+        if f.tokens[label + i] != context[context.size - count + i]:
             return 0
     return count
 
 
-@compiled
+@inlined
 def _matches(f, root, sequence, context, nodes, used):
     """Match the last 1, 2, … tokens of the context, but never all; return how many matched.
 
@@ -710,14 +704,14 @@ def _matches(f, root, sequence, context, nodes, used):
     return context.size - 1
 
 
-@compiled
+@inlined
 def _path(f, node, used, budget, min_prob, token_ids, parents, probs):
     """Follow the most frequent continuation; return the number of tokens and their score."""
     prob, score, count = np.float32(1), np.float32(0), 0
     while count < budget and prob >= min_prob:
         row = f.nodes[node]
         if used < row.length:
-            token_ids[count] = _token(f, row.label + used)
+            token_ids[count] = f.tokens[row.label + used]
             parents[count] = count - 1
             probs[count] = prob
             score += prob
@@ -731,7 +725,7 @@ def _path(f, node, used, budget, min_prob, token_ids, parents, probs):
     return count, score
 
 
-@compiled
+@inlined
 def _sift_up(heap, place, prob, parent, node, used):
     while place > 0 and heap[(place - 1) // 2].prob < prob:
         heap[place] = heap[(place - 1) // 2]
@@ -740,7 +734,7 @@ def _sift_up(heap, place, prob, parent, node, used):
     row.prob, row.parent, row.node, row.used = prob, parent, node, used
 
 
-@compiled
+@inlined
 def _pop(heap, size):
     """Remove the top of a heap of `size`: the hole sinks to a leaf, then the last one rises.
 
@@ -761,7 +755,7 @@ def _pop(heap, size):
     return size
 
 
-@compiled
+@inlined
 def _tree(f, node, used, budget, min_prob, token_ids, parents, probs, heap):
     """Take the most probable tokens of all continuations; return number, score and the heap."""
     score, count, size = np.float32(0), 0, 0
@@ -774,7 +768,7 @@ def _tree(f, node, used, budget, min_prob, token_ids, parents, probs, heap):
         size = _pop(heap, size)
         row = f.nodes[node]
         if used < row.length:
-            token_ids[count] = _token(f, row.label + used)
+            token_ids[count] = f.tokens[row.label + used]
             parents[count] = parent
             probs[count] = prob
             score += prob
@@ -797,7 +791,7 @@ def _tree(f, node, used, budget, min_prob, token_ids, parents, probs, heap):
     return count, score, heap
 
 
-@compiled
+@inlined
 def _budget(match_len, limit, factor, offset):
     """How many tokens to draft after a match, in float32 as the original computes it."""
     wanted = np.float32(match_len) * factor + offset + np.float32(1e-6)
@@ -825,13 +819,13 @@ def speculate(f, contexts, queries, parameters, use_tree, token_ids, parents, pr
         drafts: `[B]` of `DRAFT`.
     """
     factor, offset, min_prob = parameters[0], parameters[1], parameters[2]
-    max_depth, most = contexts.shape[1], token_ids.shape[1]
-    nodes, used = np.empty(max_depth, np.int64), np.empty(max_depth, np.int64)
+    most = token_ids.shape[1]
+    nodes, used = np.empty(f.max_depth, np.int64), np.empty(f.max_depth, np.int64)
     heap = np.empty(64, CANDIDATE)
     new_ids, new_parents = np.empty(most, np.int32), np.empty(most, np.int32)
     new_probs = np.empty(most, np.float32)
     for i in range(queries.shape[0]):
-        context = contexts[i, max_depth - queries[i, 0] :]
+        context = contexts[i, f.max_depth - queries[i, 0] :]
         best = drafts[i]
         best.num_tokens, best.match_len, best.score = 0, 0, -1
         for root, sequence in ((queries[i, 2], queries[i, 3]), (queries[i, 4], queries[i, 5])):
