@@ -72,9 +72,10 @@ class SuffixTree:
         use_tree_spec: bool = False,
     ) -> SuffixDecodingDraft:
         """Draft what follows a context; the arguments are those of the cache."""
-        query = Query(context, max_spec_tokens, self._root)
+        limit = _limit(max_spec_tokens, self._forest.max_depth)
+        queries = [Query(limit, self._root)]
         return self._forest.speculate(
-            [query], max_spec_factor, max_spec_offset, min_token_prob, use_tree_spec
+            [context], queries, max_spec_factor, max_spec_offset, min_token_prob, use_tree_spec
         )[0]
 
 
@@ -232,9 +233,9 @@ class SuffixDecodingCache:
                 what `start_request` takes.
             TypeError: tokens that are no integers.
         """
-        query = self._query(req_id, context, max_spec_tokens)
+        queries = [self._query(req_id, max_spec_tokens)]
         return self._forest.speculate(
-            [query], max_spec_factor, max_spec_offset, min_token_prob, use_tree_spec
+            [context], queries, max_spec_factor, max_spec_offset, min_token_prob, use_tree_spec
         )[0]
 
     def speculate_batch(
@@ -253,12 +254,11 @@ class SuffixDecodingCache:
         """
         if not isinstance(max_spec_tokens, Sequence):
             max_spec_tokens = [max_spec_tokens] * len(req_ids)
-        queries = [
-            self._query(*arguments)
-            for arguments in zip(req_ids, contexts, max_spec_tokens, strict=True)
-        ]
+        if len(contexts) != len(req_ids):
+            raise ValueError(f"{len(contexts)} contexts of {len(req_ids)} requests")
+        queries = [self._query(*pair) for pair in zip(req_ids, max_spec_tokens, strict=True)]
         return self._forest.speculate(
-            queries, max_spec_factor, max_spec_offset, min_token_prob, use_tree_spec
+            contexts, queries, max_spec_factor, max_spec_offset, min_token_prob, use_tree_spec
         )
 
     def stop_request(self, req_id: Hashable) -> None:
@@ -302,15 +302,17 @@ class SuffixDecodingCache:
         while len(self._cached) > self._max_cached_requests >= 0:
             self.evict_cached_response(next(iter(self._cached)))
 
-    def _query(self, req_id: Hashable, context: TokenIds, max_spec_tokens: int | None) -> Query:
+    def _query(self, req_id: Hashable, max_spec_tokens: int | None) -> Query:
         active = self._active_request(req_id)
-        tree = self._globals.get(active.salt)
-        cached = self._cached.get(req_id)
+        tree, cached = self._globals.get(active.salt), self._cached.get(req_id)
         return Query(
-            context,
-            max_spec_tokens,
+            _limit(max_spec_tokens, self._forest.max_depth),
             active.root,
             active.sequence,
             tree.root if tree else 0,
             cached.sequence if cached else 0,
         )
+
+
+def _limit(max_spec_tokens: int | None, max_depth: int) -> int:
+    return max_depth if max_spec_tokens is None else max(0, max_spec_tokens)

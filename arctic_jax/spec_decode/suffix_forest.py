@@ -45,19 +45,17 @@ class SuffixDecodingDraft:
 
 
 class Query(NamedTuple):
-    """A context to draft for and where to look. 0 stands for no sequence and no tree.
+    """Where to look for the continuation of a context. 0 stands for no sequence and no tree.
 
     Attributes:
-        context: its tokens.
-        max_spec_tokens: of the draft; `None` for the depth of the trees.
-        local_root: a tree, which wins when both drafts have one score.
+        max_spec_tokens: most tokens of the draft.
+        local_root: a tree, which wins when the drafts of both have one score.
         local: a sequence of it that may end like the context.
         shared_root: another tree.
         shared: a sequence of that.
     """
 
-    context: TokenIds
-    max_spec_tokens: int | None
+    max_spec_tokens: int
     local_root: int
     local: int = 0
     shared_root: int = 0
@@ -72,6 +70,7 @@ class SuffixForest:
             raise ValueError(f"a suffix tree is at least 1 token deep, not {max_depth}")
         compile_kernels()
         self.arrays = _planted(max_depth)
+        self._outputs = _outputs(1, max_depth)
 
     @property
     def max_depth(self) -> int:
@@ -113,39 +112,40 @@ class SuffixForest:
         kernels.fell(self.arrays, sequence)
 
     def speculate(
-        self, queries: Sequence[Query], factor: float, offset: float, min_prob: float, tree: bool
+        self,
+        contexts: Sequence[TokenIds],
+        queries: Sequence[Query],
+        factor: float,
+        offset: float,
+        min_prob: float,
+        tree: bool,
     ) -> list[SuffixDecodingDraft]:
-        """Draft for each query: after m matched tokens at most m · factor + offset tokens.
+        """Draft for each context: after m matched tokens at most m · factor + offset tokens.
 
         Raises:
             ValueError: factor or offset is not finite, or a context not what `as_tokens` takes.
         """
         if not (math.isfinite(factor) and math.isfinite(offset)):
             raise ValueError(f"factor {factor} and offset {offset} must be finite")
-        depth = self.max_depth
-        contexts = np.zeros((len(queries), depth), np.int32)
-        rows = []
-        for context, query in zip(contexts, queries, strict=True):
-            tail = last_tokens(query.context, depth)
-            context[depth - len(tail) :] = tail
-            limit = depth if query.max_spec_tokens is None else max(0, query.max_spec_tokens)
-            rows.append((len(tail), limit, *query[2:]))
-        longest = self._longest_draft(max(row[1] for row in rows), factor, offset, tree)
-        token_ids, parents = np.empty((2, len(queries), longest), np.int32)
-        probs = np.empty((len(queries), longest), np.float32)
-        drafts = np.empty(len(queries), kernels.DRAFT)
-        parameters = np.array((factor, offset, min_prob), np.float32)
+        depth, rows = self.arrays.max_depth, []
+        ends = np.empty((len(contexts), depth), np.int32)
+        for i, context in enumerate(contexts):
+            tail = last_tokens(context, depth)
+            ends[i, depth - len(tail) :] = tail
+            rows.append((len(tail), *queries[i]))
+        longest = self._longest_draft([query[0] for query in queries], factor, offset, tree)
+        out = self._outputs_of(len(contexts), longest)
         kernels.speculate(
             self.arrays,
-            contexts,
+            ends,
             np.array(rows, np.int64),
-            parameters,
+            float(factor),
+            float(offset),
+            float(min_prob),
             bool(tree),
-            token_ids,
-            parents,
-            probs,
-            drafts,
+            *out,
         )
+        token_ids, parents, probs, drafts = out
         return [
             SuffixDecodingDraft(
                 token_ids[i, :count].tolist(),
@@ -154,14 +154,26 @@ class SuffixForest:
                 score,
                 match_len,
             )
-            for i, (count, match_len, score) in enumerate(drafts.tolist())
+            for i, (count, match_len, score) in enumerate(drafts[: len(contexts)].tolist())
         ]
 
-    def _longest_draft(self, limit: int, factor: float, offset: float, tree: bool) -> int:
+    def _outputs_of(self, batch: int, longest: int) -> kernels.Outputs:
+        """Return arrays for so many drafts, those of the last time if they are large enough."""
+        have_batch, have_longest = self._outputs.token_ids.shape
+        if batch > have_batch or longest > have_longest:
+            shape = (max(batch, have_batch), max(longest, have_longest))
+            self._outputs = _outputs(*shape)
+        return self._outputs
+
+    def _longest_draft(
+        self, limits: Sequence[int], factor: float, offset: float, tree: bool
+    ) -> int:
         """Most tokens a draft can have: a path is no deeper than its tree."""
-        wanted = max(1, factor, factor * self.max_depth) + max(0, offset) + 1
-        there = self.max_depth * (self._used("node") if tree else 1)
-        return int(min(limit, wanted, there))
+        depth = self.arrays.max_depth
+        if not tree:
+            return depth
+        wanted = max(1.0, factor * depth) + max(0.0, offset) + 1
+        return max(depth, int(min(max(limits), wanted, depth * self._used("node"))))
 
     def _used(self, pool: str) -> int:
         return int(self.arrays.pools[f"used_{pool}"][0])
@@ -235,6 +247,15 @@ def _planted(max_depth: int) -> kernels.Forest:
     )
 
 
+def _outputs(batch: int, longest: int) -> kernels.Outputs:
+    return kernels.Outputs(
+        token_ids=np.zeros((batch, longest), np.int32),
+        parents=np.zeros((batch, longest), np.int32),
+        probs=np.zeros((batch, longest), np.float32),
+        drafts=np.zeros(batch, kernels.DRAFT),
+    )
+
+
 def _doubled(pool: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     larger = np.zeros(2 * len(pool), pool.dtype)
     larger[: len(pool)] = pool
@@ -258,10 +279,8 @@ def compile_kernels() -> None:
     spans = np.array([(sequence, 0, 2) for sequence in sequences], np.int64)
     kernels.extend(forest, np.zeros(2, np.int32), spans)
     rows = np.array([(2, 1, root, 0, 0, 0)], np.int64)
-    ids, parents = np.empty((2, 1, 1), np.int32)
-    probs, drafts = np.empty((1, 1), np.float32), np.empty(1, kernels.DRAFT)
-    context, parameters = np.zeros((1, 2), np.int32), np.zeros(3, np.float32)
-    kernels.speculate(forest, context, rows, parameters, True, ids, parents, probs, drafts)
+    context = np.zeros((1, 2), np.int32)
+    kernels.speculate(forest, context, rows, 1.0, 0.0, 0.1, True, *_outputs(1, 2))
     kernels.fill_table(forest._replace(table=np.zeros_like(forest.table)))
     kernels.remove(forest, sequences[0])
     kernels.fell(forest, sequences[1])

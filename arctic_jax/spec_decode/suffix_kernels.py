@@ -42,6 +42,22 @@ CANDIDATE = np.dtype(
 )
 
 
+class Outputs(NamedTuple):
+    """Where at least B drafts are written to. Each has room for L tokens.
+
+    Attributes:
+        token_ids: `[B, L]` int32.
+        parents: `[B, L]` int32.
+        probs: `[B, L]` float32.
+        drafts: `[B]` of `DRAFT`.
+    """
+
+    token_ids: np.ndarray[Any, Any]
+    parents: np.ndarray[Any, Any]
+    probs: np.ndarray[Any, Any]
+    drafts: np.ndarray[Any, Any]
+
+
 class Forest(NamedTuple):
     """The pools. A page holds the suffixes that start in it, and enough tokens that each is whole.
 
@@ -179,7 +195,8 @@ def new_sequence(f, root):
     return sequence
 
 
-# --- children by their first token: open addressing, linear probing
+# --- children by their first token: open addressing, linear probing. An only child, which most
+# nodes are, is found without and is not in the table
 
 
 @inlined
@@ -188,6 +205,11 @@ def _home(f, parent, token):
     key = (np.uint64(parent) << np.uint64(32)) | np.uint64(np.uint32(token))
     mixed = (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
     return np.int64(mixed) & (f.table.size - 1)
+
+
+@inlined
+def _has_siblings(f, node):
+    return f.nodes[node].prev != 0 or f.nodes[node].next != 0
 
 
 @inlined
@@ -243,7 +265,7 @@ def _leave(f, node):
 def fill_table(f):
     """Enter all nodes of all trees into an empty table."""
     for node in range(1, f.pools[0].end_node):
-        if f.nodes[node].parent > 0:  # neither free nor a root
+        if f.nodes[node].parent and _has_siblings(f, node):  # neither free nor a root
             _enter(f, node)
 
 
@@ -291,31 +313,36 @@ def _unlink(f, node):
 @inlined
 def _add_child(f, node):
     """Put a new node of count 1 behind all its siblings."""
-    last = f.nodes[f.nodes[node].parent].last
+    last = np.int64(f.nodes[f.nodes[node].parent].last)
+    if last and f.nodes[last].prev == 0:
+        _enter(f, last)  # no only child any more
     _link(f, node, 0)
     if last and f.nodes[last].count == f.nodes[node].count:
         f.nodes[node].group = f.nodes[last].group
         f.groups[f.nodes[node].group].tail = node
     else:
         _new_group(f, node)
-    _enter(f, node)
+    if last:
+        _enter(f, node)
 
 
 @inlined
 def _remove_child(f, node):
-    _leave(f, node)
+    parent = f.nodes[f.nodes[node].parent]
+    if parent.first != parent.last:
+        _leave(f, node)
     _unlink(f, node)
+    if parent.first and parent.first == parent.last:
+        _leave(f, np.int64(parent.first))
     _free_node(f, node)
 
 
 @inlined
 def _replace(f, old, new):
-    """Let `new` take the place of `old`, count and first token included; free `old`'s entry only.
-
-    The caller has taken `new` out of the table and of its own list.
-    """
+    """Let `new`, which is in no list, take the place of `old`, count and first token included."""
     row, gone = f.nodes[new], f.nodes[old]
-    f.table[_slot(f, old)] = new
+    if _has_siblings(f, old):
+        f.table[_slot(f, old)] = new
     row.count, row.token, row.parent = gone.count, gone.token, gone.parent
     row.prev, row.next, row.group = gone.prev, gone.next, gone.group
     if row.prev:
@@ -458,8 +485,7 @@ def _store(f, sequence, token):
 @inlined
 def _swallow_parent(f, node):
     """Prepend its parent's edge to a node that is the only child, and let it take its place."""
-    parent = f.nodes[node].parent
-    _leave(f, node)
+    parent = np.int64(f.nodes[node].parent)
     _free_group(f, f.nodes[node].group)
     f.nodes[node].length += f.nodes[parent].length
     f.nodes[node].label -= f.nodes[parent].length
@@ -484,15 +510,9 @@ def _split(f, node):
     upper = _new_node(f, row.parent, row.token, 1, row.label, row.count)
     _replace(f, node, upper)
     _behead(f, node, upper)
-    _link_only_child(f, node)
-    return upper
-
-
-@inlined
-def _link_only_child(f, node):
     _link(f, node, 0)
     _new_group(f, node)
-    _enter(f, node)
+    return upper
 
 
 @inlined
@@ -514,9 +534,7 @@ def _lengthen(f, suffix, label):
             _swallow_parent(f, child)
         else:
             row.length += 1
-            _leave(f, child)
             _behead(f, child, node)
-            _enter(f, child)
     else:
         if f.nodes[child].length > 1:
             child = _split(f, child)
@@ -801,7 +819,9 @@ def _budget(match_len, limit, factor, offset):
 
 
 @compiled
-def speculate(f, contexts, queries, parameters, use_tree, token_ids, parents, probs, drafts):
+def speculate(
+    f, contexts, queries, factor, offset, min_prob, use_tree, token_ids, parents, probs, drafts
+):
     """Draft for each of B contexts from a local and a shared tree; the higher score wins.
 
     Args:
@@ -810,15 +830,16 @@ def speculate(f, contexts, queries, parameters, use_tree, token_ids, parents, pr
         queries: `[B, 6]` int64: tokens of the context; most tokens of the draft; root of the local
             tree, and its sequence that may end like the context; the same of the shared tree. 0 for
             none.
-        parameters: `[3]` float32: most tokens of a draft for each one matched; beside those; the
-            least probability.
+        factor: most tokens of a draft for each one matched ...
+        offset: ... and beside those.
+        min_prob: tokens less probable are not drafted.
         use_tree: draft a tree, not a path.
-        token_ids: `[B, L]` int32, written, as are
-        parents: `[B, L]` int32,
-        probs: `[B, L]` float32 and
-        drafts: `[B]` of `DRAFT`.
+        token_ids: with `parents`, `probs` and `drafts` what is written: `Outputs`.
+        parents: see there.
+        probs: see there.
+        drafts: see there.
     """
-    factor, offset, min_prob = parameters[0], parameters[1], parameters[2]
+    factor, offset, min_prob = np.float32(factor), np.float32(offset), np.float32(min_prob)
     most = token_ids.shape[1]
     nodes, used = np.empty(f.max_depth, np.int64), np.empty(f.max_depth, np.int64)
     heap = np.empty(64, CANDIDATE)
