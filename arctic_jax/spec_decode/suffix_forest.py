@@ -69,7 +69,7 @@ class SuffixForest:
         if max_depth < 1:
             raise ValueError(f"a suffix tree is at least 1 token deep, not {max_depth}")
         compile_kernels()
-        self.arrays = _planted(max_depth)
+        self._set(_planted(max_depth))
         self._outputs = _outputs(1, max_depth)
 
     @property
@@ -86,18 +86,18 @@ class SuffixForest:
         """Plant a tree."""
         if self._used("node") + 1 >= len(self.arrays.nodes):
             self._grow_nodes()
-        return kernels.new_root(self.arrays)
+        return kernels.new_root(self._addresses)
 
     def new_sequence(self, root: int) -> int:
         """Begin an empty sequence in a tree."""
         if self._used("sequence") + 1 >= len(self.arrays.sequences):
-            self.arrays = self.arrays._replace(sequences=_doubled(self.arrays.sequences))
-        return kernels.new_sequence(self.arrays, root)
+            self._set(self.arrays._replace(sequences=_doubled(self.arrays.sequences)))
+        return kernels.new_sequence(self._addresses, root)
 
     def extend(self, tokens: IntArray, spans: Sequence[tuple[int, int, int]]) -> None:
         """Append `tokens[begin:end]` for each (sequence, begin, end)."""
         rest = np.array(spans, np.int64)
-        while not kernels.extend(self.arrays, tokens, rest):
+        while not kernels.extend(self._addresses, tokens, rest):
             if self._used("node") + self.max_depth >= len(self.arrays.nodes):
                 self._grow_nodes()
             else:
@@ -105,11 +105,11 @@ class SuffixForest:
 
     def remove(self, sequence: int) -> None:
         """Take a sequence out of its tree, which has others."""
-        kernels.remove(self.arrays, sequence)
+        kernels.remove(self._addresses, sequence)
 
     def fell(self, sequence: int) -> None:
         """Take away the only sequence of a tree, and the tree."""
-        kernels.fell(self.arrays, sequence)
+        kernels.fell(self._addresses, sequence)
 
     def speculate(
         self,
@@ -136,7 +136,7 @@ class SuffixForest:
         longest = self._longest_draft([query[0] for query in queries], factor, offset, tree)
         out = self._outputs_of(len(contexts), longest)
         kernels.speculate(
-            self.arrays,
+            self._addresses,
             ends,
             np.array(rows, np.int64),
             float(factor),
@@ -180,15 +180,18 @@ class SuffixForest:
 
     def _grow_nodes(self) -> None:
         nodes, groups = _doubled(self.arrays.nodes), _doubled(self.arrays.groups)
-        table = np.zeros(_table_size(len(nodes)), np.int32)
-        self.arrays = self.arrays._replace(nodes=nodes, groups=groups, table=table)
-        kernels.fill_table(self.arrays)
+        table = np.zeros(2 * len(nodes), np.int32)
+        self._set(self.arrays._replace(nodes=nodes, groups=groups, table=table))
+        kernels.fill_table(self._addresses)
 
     def _grow_pages(self) -> None:
-        old = self.arrays
-        self.arrays = old._replace(
-            tokens=_doubled(old.tokens), suffixes=_doubled(old.suffixes), pages=_doubled(old.pages)
-        )
+        tokens, suffixes = _doubled(self.arrays.tokens), _doubled(self.arrays.suffixes)
+        pages = _doubled(self.arrays.pages)
+        self._set(self.arrays._replace(tokens=tokens, suffixes=suffixes, pages=pages))
+
+    def _set(self, arrays: kernels.Forest) -> None:
+        self.arrays = arrays
+        self._addresses = arrays.addresses()
 
 
 def as_tokens(token_ids: TokenIds) -> IntArray:
@@ -228,7 +231,7 @@ def _check_array(tokens: np.ndarray[Any, Any]) -> None:
 
 def _planted(max_depth: int) -> kernels.Forest:
     """Return an empty forest."""
-    nodes, pages = _MIN_NODES + max_depth, 4
+    nodes, pages = max(_MIN_NODES, 1 << (2 * max_depth).bit_length()), 4
     page_bits = (max(max_depth, _MIN_PAGE_SIZE) - 1).bit_length()
     pools = np.zeros(1, kernels.POOLS)
     for pool in _POOLS:
@@ -236,7 +239,7 @@ def _planted(max_depth: int) -> kernels.Forest:
     return kernels.Forest(
         nodes=np.zeros(nodes, kernels.NODE),
         groups=np.zeros(nodes, kernels.GROUP),
-        table=np.zeros(_table_size(nodes), np.int32),
+        table=np.zeros(2 * nodes, np.int32),  # at most half full
         tokens=np.zeros(pages << (page_bits + 1), np.int32),
         suffixes=np.zeros(pages << page_bits, kernels.SUFFIX),
         pages=np.zeros(pages, kernels.PAGE),
@@ -262,25 +265,21 @@ def _doubled(pool: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return larger
 
 
-def _table_size(nodes: int) -> int:
-    """At most half full."""
-    return 1 << (2 * nodes - 1).bit_length()
-
-
 @functools.cache
 def compile_kernels() -> None:
     """Compile everything, or load it from numba's cache on disk, so that no request waits.
 
     Seconds the first time after an installation, tenths of a second in later processes.
     """
-    forest = _planted(2)
+    arrays = _planted(2)
+    forest = arrays.addresses()
     root = kernels.new_root(forest)
     sequences = [kernels.new_sequence(forest, root) for _ in range(2)]
     spans = np.array([(sequence, 0, 2) for sequence in sequences], np.int64)
     kernels.extend(forest, np.zeros(2, np.int32), spans)
-    rows = np.array([(2, 1, root, 0, 0, 0)], np.int64)
-    context = np.zeros((1, 2), np.int32)
+    rows, context = np.array([(2, 1, root, 0, 0, 0)], np.int64), np.zeros((1, 2), np.int32)
     kernels.speculate(forest, context, rows, 1.0, 0.0, 0.1, True, *_outputs(1, 2))
-    kernels.fill_table(forest._replace(table=np.zeros_like(forest.table)))
+    arrays.table[:] = 0
+    kernels.fill_table(forest)
     kernels.remove(forest, sequences[0])
     kernels.fell(forest, sequences[1])

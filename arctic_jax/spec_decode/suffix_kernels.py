@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
 
 compiled = numba.njit(cache=True)
 inlined = numba.njit(cache=True, forceinline=True)
@@ -64,7 +66,7 @@ class Forest(NamedTuple):
     Attributes:
         nodes: `[N]` of `NODE`.
         groups: `[N]` of `GROUP`.
-        table: `[power of 2, at least 2 N]` hash table of (parent, first token) → node.
+        table: `[2 N]` hash table of (parent, first token) → node; N is a power of 2.
         tokens: `[P * 2 * page_size]` int32; the second half of a page repeats the next page.
         suffixes: `[P * page_size]` of `SUFFIX`, by where they start.
         pages: `[P]` of `PAGE`.
@@ -84,6 +86,42 @@ class Forest(NamedTuple):
     pools: np.ndarray[Any, Any]
     max_depth: int
     page_bits: int
+
+
+    def addresses(self) -> np.ndarray[Any, Any]:
+        """Return what compiled functions take in its place, valid as long as these arrays are."""
+        arrays = self[:8]
+        return np.array(
+            [*(a.ctypes.data for a in arrays), *(a.size for a in arrays), *self[8:]], np.int64
+        )
+
+
+# --- compiled functions get addresses: arrays would be counted as references are, at each call and
+# by atomic instructions, which takes longer than the work itself
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(types.int64), codegen
+
+
+@inlined
+def _forest(a):
+    return Forest(
+        numba.carray(_pointer(a[0]), a[8], NODE),
+        numba.carray(_pointer(a[1]), a[9], GROUP),
+        numba.carray(_pointer(a[2]), a[10], np.int32),
+        numba.carray(_pointer(a[3]), a[11], np.int32),
+        numba.carray(_pointer(a[4]), a[12], SUFFIX),
+        numba.carray(_pointer(a[5]), a[13], PAGE),
+        numba.carray(_pointer(a[6]), a[14], SEQUENCE),
+        numba.carray(_pointer(a[7]), a[15], POOLS),
+        a[16],
+        a[17],
+    )
 
 
 # --- pools: rows that were freed are linked and used again, the latest first
@@ -174,14 +212,16 @@ def _free_sequence(f, sequence):
 
 
 @compiled
-def new_root(f):
+def new_root(addresses):
     """Plant a tree; return its root."""
+    f = _forest(addresses)
     return _new_node(f, 0, 0, 0, 0, 0)
 
 
 @compiled
-def new_sequence(f, root):
+def new_sequence(addresses, root):
     """Begin a sequence, without tokens, in the tree of `root`; return it."""
+    f = _forest(addresses)
     pools = f.pools[0]
     sequence = pools.free_sequence
     if sequence:
@@ -262,8 +302,9 @@ def _leave(f, node):
 
 
 @compiled
-def fill_table(f):
+def fill_table(addresses):
     """Enter all nodes of all trees into an empty table."""
+    f = _forest(addresses)
     for node in range(1, f.pools[0].end_node):
         if f.nodes[node].parent and _has_siblings(f, node):  # neither free nor a root
             _enter(f, node)
@@ -563,11 +604,12 @@ def _append(f, sequence, token):
 
 
 @compiled
-def extend(f, tokens, spans):
+def extend(addresses, tokens, spans):
     """Append `tokens[begin:end]` to a sequence for each row (sequence, begin, end) of `spans`.
 
     Returns false when a pool is too small for the next token; `begin` then says what is left.
     """
+    f = _forest(addresses)
     pools = f.pools[0]
     for i in range(spans.shape[0]):
         sequence, begin, end = spans[i, 0], spans[i, 1], spans[i, 2]
@@ -623,8 +665,9 @@ def _relabel(f, suffix, length):
 
 
 @compiled
-def remove(f, sequence):
+def remove(addresses, sequence):
     """Take a sequence out of its tree, suffix by suffix from the longest, and free it."""
+    f = _forest(addresses)
     size = 1 << f.page_bits
     length = f.sequences[sequence].length
     for again in range(2):
@@ -641,8 +684,9 @@ def remove(f, sequence):
 
 
 @compiled
-def fell(f, sequence):
+def fell(addresses, sequence):
     """Free a sequence and its whole tree, which has no other one."""
+    f = _forest(addresses)
     root = np.int64(f.sequences[sequence].root)
     node = root
     while node:
@@ -820,12 +864,12 @@ def _budget(match_len, limit, factor, offset):
 
 @compiled
 def speculate(
-    f, contexts, queries, factor, offset, min_prob, use_tree, token_ids, parents, probs, drafts
+    addresses, contexts, queries, factor, offset, min_prob, use_tree, token_ids, parents, probs, drafts
 ):
     """Draft for each of B contexts from a local and a shared tree; the higher score wins.
 
     Args:
-        f: the forest.
+        addresses: of the forest.
         contexts: `[B, max_depth]` int32, each at the end of its row.
         queries: `[B, 6]` int64: tokens of the context; most tokens of the draft; root of the local
             tree, and its sequence that may end like the context; the same of the shared tree. 0 for
@@ -839,6 +883,7 @@ def speculate(
         probs: see there.
         drafts: see there.
     """
+    f = _forest(addresses)
     factor, offset, min_prob = np.float32(factor), np.float32(offset), np.float32(min_prob)
     most = token_ids.shape[1]
     nodes, used = np.empty(f.max_depth, np.int64), np.empty(f.max_depth, np.int64)
