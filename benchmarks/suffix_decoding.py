@@ -52,7 +52,9 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:28s} {value:12.2f}")
     if args.out:
-        settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        settings = {
+            name: value for name, value in vars(args).items() if not isinstance(value, Path)
+        }
         result = {
             "date": datetime.date.today().isoformat(),
             "settings": settings,
@@ -145,8 +147,10 @@ class Replay:
 
 
 def accepted(draft: Any, expected: np.ndarray[Any, Any]) -> int:
-    """How many tokens of a path or a tree agree with what comes; the last one is left to the model."""
-    children = {(p, t): i for i, (p, t) in enumerate(zip(draft.parents, draft.token_ids, strict=True))}
+    """How many drafted tokens agree with what comes; the last one is left to the model."""
+    children = {
+        (p, t): i for i, (p, t) in enumerate(zip(draft.parents, draft.token_ids, strict=True))
+    }
     node, count = -1, 0
     for token in expected[:-1].tolist():
         if (node, token) not in children:

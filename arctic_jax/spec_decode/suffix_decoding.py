@@ -251,12 +251,19 @@ class SuffixDecodingCache:
         """Draft for all requests of a step, in one call of what is compiled.
 
         As `speculate` for each; `max_spec_tokens` is one for all, or one for each request.
+
+        Raises:
+            ValueError: as `speculate`; or the lengths of the arguments differ.
         """
-        if not isinstance(max_spec_tokens, Sequence):
-            max_spec_tokens = [max_spec_tokens] * len(req_ids)
-        if len(contexts) != len(req_ids):
-            raise ValueError(f"{len(contexts)} contexts of {len(req_ids)} requests")
-        queries = [self._query(*pair) for pair in zip(req_ids, max_spec_tokens, strict=True)]
+        if isinstance(max_spec_tokens, Sequence):
+            limits = list(max_spec_tokens)
+        else:
+            limits = [max_spec_tokens] * len(req_ids)
+        if not len(req_ids) == len(contexts) == len(limits):
+            raise ValueError(
+                f"{len(contexts)} contexts and {len(limits)} limits for {len(req_ids)} requests"
+            )
+        queries = list(map(self._query, req_ids, limits))
         return self._forest.speculate(
             contexts, queries, max_spec_factor, max_spec_offset, min_token_prob, use_tree_spec
         )

@@ -127,6 +127,8 @@ class SuffixForest:
         """
         if not (math.isfinite(factor) and math.isfinite(offset)):
             raise ValueError(f"factor {factor} and offset {offset} must be finite")
+        if not contexts:
+            return []
         depth, rows = self.arrays.max_depth, []
         ends = np.empty((len(contexts), depth), np.int32)
         for i, context in enumerate(contexts):

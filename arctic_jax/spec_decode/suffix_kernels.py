@@ -87,7 +87,6 @@ class Forest(NamedTuple):
     max_depth: int
     page_bits: int
 
-
     def addresses(self) -> np.ndarray[Any, Any]:
         """Return what compiled functions take in its place, valid as long as these arrays are."""
         arrays = self[:8]
@@ -109,16 +108,22 @@ def _pointer(typingctx, address):
 
 
 @inlined
+def _array(address, size, dtype):
+    pointer = _pointer(address)  # pyright: ignore[reportCallIssue]
+    return numba.carray(pointer, size, dtype)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@inlined
 def _forest(a):
     return Forest(
-        numba.carray(_pointer(a[0]), a[8], NODE),
-        numba.carray(_pointer(a[1]), a[9], GROUP),
-        numba.carray(_pointer(a[2]), a[10], np.int32),
-        numba.carray(_pointer(a[3]), a[11], np.int32),
-        numba.carray(_pointer(a[4]), a[12], SUFFIX),
-        numba.carray(_pointer(a[5]), a[13], PAGE),
-        numba.carray(_pointer(a[6]), a[14], SEQUENCE),
-        numba.carray(_pointer(a[7]), a[15], POOLS),
+        _array(a[0], a[8], NODE),
+        _array(a[1], a[9], GROUP),
+        _array(a[2], a[10], np.int32),
+        _array(a[3], a[11], np.int32),
+        _array(a[4], a[12], SUFFIX),
+        _array(a[5], a[13], PAGE),
+        _array(a[6], a[14], SEQUENCE),
+        _array(a[7], a[15], POOLS),
         a[16],
         a[17],
     )
@@ -864,7 +869,17 @@ def _budget(match_len, limit, factor, offset):
 
 @compiled
 def speculate(
-    addresses, contexts, queries, factor, offset, min_prob, use_tree, token_ids, parents, probs, drafts
+    addresses,
+    contexts,
+    queries,
+    factor,
+    offset,
+    min_prob,
+    use_tree,
+    token_ids,
+    parents,
+    probs,
+    drafts,
 ):
     """Draft for each of B contexts from a local and a shared tree; the higher score wins.
 
@@ -903,7 +918,15 @@ def speculate(
                     continue
                 if use_tree:
                     count, score, heap = _tree(
-                        f, nodes[m], used[m], budget, min_prob, new_ids, new_parents, new_probs, heap
+                        f,
+                        nodes[m],
+                        used[m],
+                        budget,
+                        min_prob,
+                        new_ids,
+                        new_parents,
+                        new_probs,
+                        heap,
                     )
                 else:
                     count, score = _path(
