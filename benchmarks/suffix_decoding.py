@@ -13,9 +13,11 @@ import datetime
 import importlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,9 @@ def main() -> None:
     make = importlib.import_module(args.module).SuffixDecodingCache
     start = time.perf_counter()
     cache = make(args.max_tree_depth, args.max_cached_requests)
-    figures = {
-        "ready_s": time.perf_counter() - start,
-        "memory_bytes_per_token": memory_per_token(cache, turns),
-    }
-    cache = make(args.max_tree_depth, args.max_cached_requests)
+    figures = {"ready_s": time.perf_counter() - start}
     figures |= Replay(cache, args.max_spec_tokens, args.use_tree_spec).run(turns)
+    figures["memory_bytes_per_token"] = memory_per_token(args.module, args.max_tree_depth, turns)
     for name, value in figures.items():
         print(f"{name:28s} {value:12.2f}")
     if args.out:
@@ -160,15 +159,21 @@ def accepted(draft: Any, expected: np.ndarray[Any, Any]) -> int:
     return count
 
 
-def memory_per_token(cache: Any, turns: list[tuple[Any, Any]]) -> float:
-    """Bytes the process grows by for each token of a prompt, all prompts' trees at once."""
+def memory_per_token(module: str, max_tree_depth: int, turns: list[tuple[Any, Any]]) -> float:
+    """Bytes a fresh process grows by for each token of a prompt, all prompts' trees at once."""
+    prompts = [prompt for prompt, _ in turns]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        grown = process.submit(memory_of, module, max_tree_depth, prompts).result()
+    return grown / sum(map(len, prompts))
+
+
+def memory_of(module: str, max_tree_depth: int, prompts: list[Any]) -> int:
+    """Bytes this process grows by."""
+    cache = importlib.import_module(module).SuffixDecodingCache(max_tree_depth, 0)
     before = resident_bytes()
-    for i, (prompt, _) in enumerate(turns):
+    for i, prompt in enumerate(prompts):
         cache.start_request(i, prompt)
-    grown = resident_bytes() - before
-    for i in range(len(turns)):
-        cache.stop_request(i)
-    return grown / sum(len(prompt) for prompt, _ in turns)
+    return resident_bytes() - before
 
 
 def resident_bytes() -> int:

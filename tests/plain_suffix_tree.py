@@ -1,5 +1,7 @@
 """Suffix trees as the definition says them, one node a token: slow, short, and what tests go by."""
 
+import itertools
+
 import numpy as np
 
 from arctic_jax.spec_decode import suffix_kernels as kernels
@@ -175,7 +177,7 @@ def expanded(forest: SuffixForest, root: int):
         assert f.nodes[node]["last"] == before
         counts = [int(f.nodes[child]["count"]) for child in found]
         assert counts == sorted(counts, reverse=True)
-        for first, second in zip(found, found[1:], strict=False):
+        for first, second in itertools.pairwise(found):
             same = f.nodes[first]["count"] == f.nodes[second]["count"]
             assert same == (f.nodes[first]["group"] == f.nodes[second]["group"])
         for child in found:

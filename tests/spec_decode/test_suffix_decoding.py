@@ -47,7 +47,8 @@ class Both:
         assert (draft.probs, draft.score, draft.match_len) == (probs, score, match_len)
         if not draft.token_ids:
             return
-        known = paths(self.plain.match(context[-match_len:]), np.float32(arguments[-1]))
+        start, min_prob = self.plain.match(context[-match_len:]), np.float32(arguments[-1])
+        known = paths(start, min_prob, np.float32(1))
         for i, prob in enumerate(draft.probs):
             assert known.pop(path_to(draft, i)) == prob
 
@@ -60,7 +61,7 @@ def path_to(draft, i):
     return (*path_to(draft, draft.parents[i]), draft.token_ids[i])
 
 
-def paths(node, min_prob, prob=np.float32(1), before=()):
+def paths(node, min_prob, prob, before=()):
     """All paths below a node of a plain tree, with their probabilities."""
     found = {}
     for child in node.children:
@@ -249,7 +250,7 @@ def test_equal_probabilities_come_in_the_recorded_order():
     ],
 )
 def test_recorded_lengths(factor, offset, lengths):
-    """One draft for each length of the match; shorter matches have more room if the factor falls."""
+    """One draft for each length of the match; with a factor below 0 shorter ones have more room."""
     cache = SuffixDecodingCache(64, 0)
     text = [*range(100), *range(100), *range(30)]
     cache.start_request(0, text)
@@ -425,12 +426,12 @@ def test_what_is_not_known_is_an_error_and_changes_nothing():
 )
 def test_tokens_that_are_not_32_bit_or_not_in_one_row_are_refused(token_ids):
     cache = SuffixDecodingCache(8, -1)
-    with pytest.raises(ValueError, match="int32|32-bit"):
+    with pytest.raises(ValueError, match=r"int32|32-bit"):
         cache.start_request(0, token_ids)
     assert not cache.active_requests
     cache.start_request(0, [1])
     for call in (cache.add_active_response, cache.speculate):
-        with pytest.raises(ValueError, match="int32|32-bit"):
+        with pytest.raises(ValueError, match=r"int32|32-bit"):
             call(0, token_ids)
 
 
