@@ -1,8 +1,8 @@
 """Suffix decoding: drafts from what a request, and others before it, already said. No model.
 
 `SuffixDecodingCache` is used by the engine's proposer, or on its own; names and results are those
-of `arctic_inference.suffix_decoding` (Oliaro et al. 2025, "SuffixDecoding"; docs/
-speculative-decoding.md). Belongs to one thread.
+of `arctic_inference.suffix_decoding` (Oliaro et al. 2024, "SuffixDecoding", arXiv 2411.04975;
+docs/speculative-decoding.md). A cache belongs to one thread.
 """
 
 from __future__ import annotations

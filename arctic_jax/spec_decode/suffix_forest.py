@@ -23,6 +23,7 @@ TokenIds = Sequence[int] | IntArray
 _POOLS = ("node", "group", "page", "sequence")
 _MIN_PAGE_SIZE = 32
 _MIN_NODES = 1024
+_MAX_ROWS = 2**31
 
 
 @dataclass(slots=True)
@@ -262,6 +263,8 @@ def _outputs(batch: int, longest: int) -> kernels.Outputs:
 
 
 def _doubled(pool: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if len(pool) > _MAX_ROWS // 2:
+        raise MemoryError(f"a suffix tree's indices end at {_MAX_ROWS}: cache fewer requests")
     larger = np.zeros(2 * len(pool), pool.dtype)
     larger[: len(pool)] = pool
     return larger

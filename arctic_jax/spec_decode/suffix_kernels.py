@@ -2,7 +2,7 @@
 
 Any number of trees share the pools of one `Forest`, so that one call serves a whole batch. A tree
 is a path-compressed trie of the suffixes of its sequences, each cut off after `max_depth` tokens
-(Oliaro et al. 2025, "SuffixDecoding", section 4). Everything is an index into a pool; 0 is nothing.
+(Oliaro et al. 2024, "SuffixDecoding", arXiv 2411.04975). Everything is an index into a pool; 0 is nothing.
 
 All in one file: numba's cache on disk notices a change of the file of the function that is called,
 not of those it calls.
@@ -907,13 +907,14 @@ def speculate(
     new_probs = np.empty(most, np.float32)
     for i in range(queries.shape[0]):
         context = contexts[i, f.max_depth - queries[i, 0] :]
+        limit = min(queries[i, 1], most)
         best = drafts[i]
         best.num_tokens, best.match_len, best.score = 0, 0, -1
         for root, sequence in ((queries[i, 2], queries[i, 3]), (queries[i, 4], queries[i, 5])):
             # From the longest match down: of equal scores the longer match's is kept, and one that
             # may draft no more tokens than the best score need not be looked at.
             for m in range(_matches(f, root, sequence, context, nodes, used), 0, -1):
-                budget = _budget(m, queries[i, 1], factor, offset)
+                budget = _budget(m, limit, factor, offset)
                 if np.float32(budget) <= best.score:
                     continue
                 if use_tree:
