@@ -2,7 +2,8 @@
 
 Any number of trees share the pools of one `Forest`, so that one call serves a whole batch. A tree
 is a path-compressed trie of the suffixes of its sequences, each cut off after `max_depth` tokens
-(Oliaro et al. 2024, "SuffixDecoding", arXiv 2411.04975). Everything is an index into a pool; 0 is nothing.
+(Oliaro et al. 2024, "SuffixDecoding", arXiv 2411.04975). Everything is an index into a pool; 0 is
+nothing.
 
 All in one file: numba's cache on disk notices a change of the file of the function that is called,
 not of those it calls.
