@@ -112,7 +112,9 @@ class ModelRunner:
         self.limits = limits
         self.max_num_seqs = limits.max_num_seqs
         max_tokens = limits.max_num_batched_tokens
-        self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens)
+        # Where only the rows that need logits reach the upper layers, a prompt's rows stay few.
+        has_all_rows = model_config.num_lower_layers == model_config.num_hidden_layers
+        self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens) if has_all_rows else 0
         self._ladders = {
             layout: bucket_ladder(
                 self.max_num_seqs, max_tokens, self.max_prompt_rows, sp if layout.tokens else 1
@@ -128,7 +130,7 @@ class ModelRunner:
         model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
         self.leaves, partitions, model = self._load(model, config, checkpoint, report)
         self.cache_spec = KVCacheSpec(
-            num_layers=model_config.num_hidden_layers,
+            num_layers=model_config.num_cache_layers,
             num_kv_heads=model.num_kv_groups,
             head_dim=model_config.head_dim,
             block_size=config.cache.block_size,
