@@ -1,9 +1,11 @@
 """Tiny SwiftKV models by their numbers, and the model alone, step by step: no engine."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -69,6 +71,13 @@ class Chunk:
     blocks: list[int]
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _step(
+    model: LlamaForCausalLM, packed: jax.Array, cache: KVCache, bucket: Bucket, width: int
+) -> tuple[jax.Array, KVCache]:
+    return model(unpack(packed, bucket, width), cache, shift(1, 1))
+
+
 class Steps:
     """Runs steps of a model over one cache, which is `UNWRITTEN` at first: no zeros, that hide."""
 
@@ -76,9 +85,7 @@ class Steps:
         config = model.config
         self.model, self.block_size = model, block_size
         shape = (num_blocks, model.num_kv_groups, block_size, config.head_dim)
-        layers = tuple(
-            np.full(shape, UNWRITTEN, np.float32) for _ in range(config.num_cache_layers)
-        )
+        layers = tuple(jnp.full(shape, UNWRITTEN) for _ in range(config.num_cache_layers))
         self.cache = KVCache(layers, layers)
 
     def run(self, chunks: list[Chunk], padding: int = 0) -> list[np.ndarray]:
@@ -106,7 +113,6 @@ class Steps:
             views["logit_rows"][row : row + c.rows] = np.arange(token + n - c.rows, token + n)
             views["row_seq"][row : row + c.rows] = s
             token, row = token + n, row + c.rows
-        program = jax.jit(lambda m, p, c: m(unpack(p, bucket, width), c, shift(1, 1)))
-        logits, self.cache = program(self.model, packed, self.cache)
+        logits, self.cache = _step(self.model, packed, self.cache, bucket, width)
         ends = np.cumsum([c.rows for c in chunks])
         return np.split(np.asarray(logits)[:R], ends[:-1])

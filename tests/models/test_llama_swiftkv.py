@@ -63,8 +63,9 @@ def plain(config: dict, prompt: list[int] = PROMPT) -> np.ndarray:
     return plain_model.logits(config, swiftkv_tensors(config), prompt)
 
 
-@pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "block_size"), [*((name, 16) for name in CASES), ("half", 32), ("across_2", 32)]
+)
 def test_the_last_row_of_a_prompt(name: str, block_size: int) -> None:
     steps = steps_of(CASES[name], block_size)
     (logits,) = steps.run([Chunk(PROMPT, 0, 1, [2, 0, 1])])
