@@ -282,8 +282,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int | None = None
     """Tokens of one step, prompts and decode together; `None`: 8192, on a CPU 1024."""
     max_num_mixed_tokens: int | None = None
-    """Tokens of one step in which requests generate, so that long prompts of others do not stall
-    them; `None`: 2048, on a CPU 256."""
+    """Tokens of one step in which answers are streamed, so that long prompts of others do not
+    stall them; `None`: 2048, on a CPU 256."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_logprobs: int = 20
     step_log: str | None = None

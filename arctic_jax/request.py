@@ -368,7 +368,18 @@ class Request:
         if not self.num_pending:
             return False
         host_decides = self.params.bad_words or self.params.min_tokens
-        return bool(host_decides) or self.num_drawn >= self.max_tokens
+        return bool(host_decides) or self.all_drawn
+
+    @property
+    def all_drawn(self) -> bool:
+        """Whether it has all its tokens, though perhaps not all are known to the host."""
+        return self.num_drawn >= self.max_tokens
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether its answer grows, and its user looks on."""
+        generates = self.num_tokens == self.num_computed_tokens + 1 and not self.all_drawn
+        return generates and self.params.output_kind is RequestOutputKind.CUMULATIVE
 
     @property
     def wants_prompt_rows(self) -> bool:

@@ -9,6 +9,7 @@ docs/performance.md. Each figure is the median of `--repeats` runs after one tha
 
 import argparse
 import datetime
+import functools
 import json
 import logging
 import statistics
@@ -52,7 +53,9 @@ def main() -> None:
     parser.add_argument("--max-num-mixed-tokens", type=int, default=None)
     parser.add_argument("--throughput", type=int, default=None, metavar="REQUESTS")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", default=None, metavar="DIR", help="trace decode steps here")
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="trace them too; see trace_summary.py"
+    )
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -125,10 +128,9 @@ def main() -> None:
             "requests_s": args.throughput / seconds,
         }
         print(f"throughput: {tokens / seconds:.0f} total tok/s", flush=True)
-    if args.profile:
-        with jax.profiler.trace(args.profile):
-            bench.decode_steps(args.batches[-1], args.input_len, 8)
     write(args.out, result)
+    if args.profile:
+        bench.profile(args.profile, args.input_len, args.batches[-1:], args.prefill)
 
 
 class Bench:
@@ -188,6 +190,23 @@ class Bench:
             "beside_ms_max": max(beside),
             "ttft_ms": sum(beside),
         }
+
+    def profile(
+        self, directory: Path, input_len: int, batches: list[int], prefill: list[int] | None
+    ) -> None:
+        """Trace one prompt, some long ones, and decode steps of each batch."""
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level, options.host_tracer_level = 0, 2
+        trace = functools.partial(jax.profiler.trace, profiler_options=options)
+        self.repeats = 1
+        with trace(directory / "prompt"):
+            self.seconds(1, input_len, 1)
+        if prefill:
+            with trace(directory / "prefill"):
+                self.seconds(min(prefill[0], 3), prefill[1], 1)
+        for batch in batches:
+            with trace(directory / f"decode_{batch}"):
+                self.decode_steps(batch, input_len, 8)
 
     def _start(self, batch: int, input_len: int) -> list[str]:
         """Step until all requests of a batch decode; return their ids."""

@@ -48,7 +48,7 @@ def engine_options(
         int | None, _option(help="Tokens of one step, prompts and decode together.")
     ] = None,
     max_num_mixed_tokens: Annotated[
-        int | None, _option(help="Tokens of one step in which requests generate.")
+        int | None, _option(help="Tokens of one step in which answers are streamed.")
     ] = None,
     block_size: Annotated[
         int, _option(help="Tokens of one block of the key/value cache.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,6 +104,7 @@ class ProgramCache:
         for _ in found:
             on_compiled()
         missing = [(*step, num_blocks) for step in steps if step not in found]
+        start, tracing = time.perf_counter(), 0.0
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
             jobs = {}
             for key, program in zip(missing, threads.map(self._load, missing), strict=True):
@@ -110,9 +112,16 @@ class ProgramCache:
                     found[key[:2]] = program
                     on_compiled()
                 else:
-                    jobs[key[:2]] = threads.submit(self._compile, key, self._lower(key))
+                    began = time.perf_counter()
+                    lowered = self._lower(key)
+                    tracing += time.perf_counter() - began
+                    jobs[key[:2]] = threads.submit(self._compile, key, lowered)
                     jobs[key[:2]].add_done_callback(lambda _: on_compiled())
             found |= {step: job.result() for step, job in jobs.items()}
+        if missing:
+            seconds = time.perf_counter() - start
+            message = "%d step programs from disk, %d compiled: %.1f s, %.1f of them tracing"
+            logger.info(message, len(missing) - len(jobs), len(jobs), seconds, tracing)
         self._programs = found
 
     def workspace_bytes(self, layout: MeshLayout, bucket: Bucket, num_blocks: int) -> int:

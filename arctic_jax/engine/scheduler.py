@@ -19,8 +19,8 @@ from arctic_jax.request import Request, RequestStatus
 class Scheduler:
     """Continuous batching with chunked prefill, prefix caching and preemption by recomputing.
 
-    While requests generate, prompts get only a part of each step's tokens: the steps stay short,
-    and who is being answered does not wait for somebody else's long prompt.
+    While somebody reads an answer as it grows, prompts get only a part of each step's tokens: the
+    steps stay short, and streams do not wait for somebody else's long prompt.
 
     Args:
         pool: the cache's blocks.
@@ -82,8 +82,8 @@ class Scheduler:
         """Choose the next step's tokens and allocate their blocks; empty if there are none."""
         chosen: list[ScheduledRequest] = []
         tokens, rows = self.limits.max_num_batched_tokens, self.max_prompt_rows
-        generating = sum(r.num_tokens == r.num_computed_tokens + 1 for r in self.running)
-        prefill = max(self.limits.max_num_mixed_tokens - generating, 1) if generating else tokens
+        streams = sum(r.is_streaming for r in self.running)
+        prefill = max(self.limits.max_num_mixed_tokens - streams, 1) if streams else tokens
         preempted = False
 
         i = 0

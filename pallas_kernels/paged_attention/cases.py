@@ -98,6 +98,8 @@ CASES = (
         padding_rows=19,
     ),
     _case("mixed_smollm2_block16", SMOLLM2_135M, [(20, 33), (1, 18), (66, 66)], block_size=16),
+    # More tiles than thread blocks for a head.
+    _case("mixed_many_chunks", (2, 1, 64), [(40, 40)] + [(3, 30 + i) for i in range(16)]),
     _case("prefill_gemma2", GEMMA2_9B_TP4, [(90, 140)], sliding_window=40, soft_cap=5.0),
     _case("prefill_fp16", (2, 1, 128), [(65, 65)], dtype="float16"),
     _case("prefill_window", (2, 1, 64), [(300, 300)], sliding_window=64),
@@ -118,6 +120,8 @@ CASES = (
     _case("decode_gemma2_9b", GEMMA2_9B, [(1, 4096)] * 32, "bench", soft_cap=50.0),
     _case("verify_llama_8b_k3", LLAMA_8B, [(4, 2048)] * 64, "bench"),
     _case("prefill_llama_8b_8k", LLAMA_8B, [(8192, 8192)], "bench"),
+    _case("prefill_llama_8b_1k", LLAMA_8B, [(1024, 1024)] + [(0, 0)] * 255, "bench"),
+    _case("prefill_llama_8b_8x1k", LLAMA_8B, [(1024, 1024)] * 8 + [(0, 0)] * 248, "bench"),
     _case("prefill_llama_8b_4x2k", LLAMA_8B, [(2048, 2048)] * 4, "bench"),
     _case("prefill_llama_8b_history", LLAMA_8B, [(2048, 32768)], "bench"),
     _case("prefill_smollm2_8k", SMOLLM2_135M, [(8192, 8192)], "bench"),

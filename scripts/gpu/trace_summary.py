@@ -14,6 +14,20 @@ from pathlib import Path
 MOST = 25
 
 
+def print_gaps(kernels: list[tuple[float, float, str]]) -> None:
+    """Say when the GPU had nothing to do. Of several GPUs: when none had."""
+    gaps, end, before = [], kernels[0][0], ""
+    for start, stop, name in kernels:
+        if start > end:
+            gaps.append((start - end, before, name))
+        if stop > end:
+            end, before = stop, name
+    idle, span = sum(gap[0] for gap in gaps), end - kernels[0][0]
+    print(f"  idle {idle / 1e3:.2f} ms of {span / 1e3:.2f}; the longest:")
+    for micros, name, after in sorted(gaps, reverse=True)[:8]:
+        print(f"{micros / 1e3:9.2f} ms  {name} -> {after}")
+
+
 def main() -> None:
     for path in sorted(Path(sys.argv[1]).rglob("*.trace.json.gz")):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -33,6 +47,12 @@ def main() -> None:
             total[where][e["name"][:100]] += e["dur"]
             count[where][e["name"][:100]] += 1
         print(path.parent)
+        kernels = [
+            (e["ts"], e["ts"] + e["dur"], e["name"][:60])
+            for e in events
+            if e.get("ph") == "X" and e["pid"] in gpus and "Stream" in names[e["pid"], e["tid"]]
+        ]
+        print_gaps(sorted(kernels))
         for where, times in sorted(total.items()):
             if where == "GPU":
                 print(f"  GPU: {times.total() / 1e3:.2f} ms")

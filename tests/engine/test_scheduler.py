@@ -10,7 +10,13 @@ from arctic_jax.batch import Bucket, ScheduledBatch, bucket_ladder
 from arctic_jax.config import StepLimits
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.scheduler import Scheduler
-from arctic_jax.request import Logprob, Request, RequestStatus, SamplingParams
+from arctic_jax.request import (
+    Logprob,
+    Request,
+    RequestOutputKind,
+    RequestStatus,
+    SamplingParams,
+)
 
 SIZE = 4
 _names = itertools.count()
@@ -36,6 +42,7 @@ def request_of(
     priority: int = 0,
     prompt_logprobs: int | None = None,
     salt: str | None = None,
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
 ) -> Request:
     """A request; an integer stands for a prompt of so many tokens that nobody else has."""
     name = str(next(_names))
@@ -45,7 +52,7 @@ def request_of(
         name,
         0,
         prompt,
-        SamplingParams(prompt_logprobs=prompt_logprobs),
+        SamplingParams(prompt_logprobs=prompt_logprobs, output_kind=output_kind),
         max_tokens,
         priority=priority,
         cache_salt=salt,
@@ -121,7 +128,7 @@ def run(scheduler: Scheduler, max_steps: int = 500) -> list[Request]:
     raise AssertionError("somebody starves")
 
 
-def test_a_long_prompt_does_not_stall_those_who_generate() -> None:
+def test_a_long_prompt_does_not_stall_streams() -> None:
     scheduler = scheduler_of(max_tokens=16, max_mixed=6)
     a, b = queue(scheduler, request_of(3, max_tokens=3), request_of(2, max_tokens=3))
     accept(scheduler, scheduler.schedule())
@@ -136,6 +143,22 @@ def test_a_long_prompt_does_not_stall_those_who_generate() -> None:
     assert tokens_of(scheduled) == {long: 16}
     accept(scheduler, scheduled)
     assert tokens_of(scheduler.schedule()) == {long: 6, late: 5}
+
+
+def test_steps_are_full_while_nobody_looks_on() -> None:
+    scheduler = scheduler_of(max_tokens=16, max_mixed=6)
+    (a,) = queue(scheduler, request_of(3, output_kind=RequestOutputKind.FINAL_ONLY))
+    accept(scheduler, scheduler.schedule())
+    (long,) = queue(scheduler, request_of(30))
+    assert tokens_of(scheduler.schedule()) == {a: 1, long: 15}
+
+
+def test_steps_are_full_after_the_last_token_of_a_stream() -> None:
+    scheduler = scheduler_of(max_tokens=16, max_mixed=6)
+    queue(scheduler, request_of(3, max_tokens=1))
+    scheduler.schedule()  # its token is drawn, and not yet known
+    (long,) = queue(scheduler, request_of(30))
+    assert tokens_of(scheduler.schedule()) == {long: 16}
 
 
 def test_prompts_are_cut_to_the_budget() -> None:
