@@ -15,6 +15,13 @@ def logits(config: Mapping, tensors: Tensors, token_ids: list[int]) -> np.ndarra
 
     With SwiftKV every layer runs on every token, under its rule for keys and values.
     """
+    return forward(config, tensors, token_ids)[1]
+
+
+def forward(
+    config: Mapping, tensors: Tensors, token_ids: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What goes into the last layer `[tokens, hidden]`, and the logits."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
     dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -63,9 +70,9 @@ def logits(config: Mapping, tensors: Tensors, token_ids: list[int]) -> np.ndarra
                 out[token] += weight * feed_forward(x[token], f"{name}.experts.{expert}")
         return out
 
-    x = get("model.embed_tokens.weight")[token_ids]
+    x = middle = before_last = get("model.embed_tokens.weight")[token_ids]
     for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
+        layer, before_last = f"model.layers.{i}", x
         h = source = norm(x, f"{layer}.input_layernorm.weight")
         owner, suffix = layer, ""
         if i == lower:
@@ -93,7 +100,7 @@ def logits(config: Mapping, tensors: Tensors, token_ids: list[int]) -> np.ndarra
         else:
             x = x + feed_forward(h, f"{layer}.mlp")
     head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
-    return norm(x, "model.norm.weight") @ get(f"{head}.weight").T
+    return before_last, norm(x, "model.norm.weight") @ get(f"{head}.weight").T
 
 
 def rope_frequencies(config: Mapping, dim: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from tiny_engine import CONFIG, make_tensors
 
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
 from arctic_jax.models.llama import LlamaForCausalLM
-from arctic_jax.models.llama_swiftkv import LlamaSwiftKVForCausalLM, UpperKeysValues
+from arctic_jax.models.llama_swiftkv import LlamaSwiftKVForCausalLM
 from arctic_jax.models.registry import model_class
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
 from arctic_jax.pallas_kernels.norm_linear.reference import linear
@@ -51,8 +51,11 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2": swiftkv_config(2, **QWEN2),
     "qwen2_across_2_tied": swiftkv_config(2, 2, **QWEN2, tie_word_embeddings=True),
 }
-TOLERANCE = {"rtol": 2e-4, "atol": 2e-4}
 PROMPT = prompt_of(40)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 2e-4) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def steps_of(config: dict, block_size: int = 16) -> Steps:
@@ -69,14 +72,14 @@ def plain(config: dict, prompt: list[int] = PROMPT) -> np.ndarray:
 def test_the_last_row_of_a_prompt(name: str, block_size: int) -> None:
     steps = steps_of(CASES[name], block_size)
     (logits,) = steps.run([Chunk(PROMPT, 0, 1, [2, 0, 1])])
-    np.testing.assert_allclose(logits, plain(CASES[name])[-1:], **TOLERANCE)
+    assert_close(logits, plain(CASES[name])[-1:])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_all_rows(name: str) -> None:
     """Every token survives: the same as if nothing had been left out."""
     (logits,) = steps_of(CASES[name]).run([Chunk(PROMPT, 0, len(PROMPT), [2, 0, 1])])
-    np.testing.assert_allclose(logits, plain(CASES[name]), **TOLERANCE)
+    assert_close(logits, plain(CASES[name]))
 
 
 def test_pure_decode() -> None:
@@ -86,7 +89,7 @@ def test_pure_decode() -> None:
     for i in range(9):
         rows = steps.run([Chunk([p[i]], i, 1, [s]) for s, p in enumerate(prompts)], padding=3)
         for row, prompt in zip(rows, prompts, strict=True):
-            np.testing.assert_allclose(row[0], plain(config, prompt)[i], **TOLERANCE)
+            assert_close(row[0], plain(config, prompt)[i])
 
 
 @pytest.mark.parametrize("architecture", ["LlamaSwiftKVForCausalLM", "Qwen2SwiftKVForCausalLM"])
@@ -101,7 +104,7 @@ def test_without_upper_layers_it_is_the_base_model(architecture: str) -> None:
     np.testing.assert_array_equal(ours, bases)
     # The plain model reads the same tensors as an ordinary model.
     expected = plain_model.logits(base | {"num_key_value_layers": 4}, tensors, PROMPT)
-    np.testing.assert_allclose(ours, expected[-3:], **TOLERANCE)
+    assert_close(ours, expected[-3:])
 
 
 def test_it_is_not_the_base_model_otherwise() -> None:
@@ -122,7 +125,7 @@ def test_it_is_not_the_base_model_otherwise() -> None:
 def test_any_chunks_give_the_same(sizes: list[int], group: int, rows: int) -> None:
     """Also chunks that end with a block, a last one of one token, and those without a row."""
     config, prompt, start = swiftkv_config(2, group), PROMPT[: sum(sizes)], 0
-    steps = steps_of(config)
+    steps, logits = steps_of(config), np.empty(0)
     for size in sizes:
         end = min(start + size, len(prompt))
         last = end == len(prompt)
@@ -131,7 +134,7 @@ def test_any_chunks_give_the_same(sizes: list[int], group: int, rows: int) -> No
         start = end
         if last:
             break
-    np.testing.assert_allclose(logits, plain(config, prompt)[-1:], **TOLERANCE)
+    assert_close(logits, plain(config, prompt)[-1:])
 
 
 def test_rows_of_drafts() -> None:
@@ -149,7 +152,7 @@ def test_rows_of_drafts() -> None:
     chunks[3] = Chunk(prompts[3][known:27], known, 0, blocks[3])
     for prompt, k, logits in zip(prompts[:3], drafts[:3], steps.run(chunks), strict=False):
         expected = plain(config, prompt)[known : known + 1 + k]
-        np.testing.assert_allclose(logits, expected, **TOLERANCE)
+        assert_close(logits, expected)
 
 
 def test_padding_changes_nothing() -> None:
@@ -158,9 +161,9 @@ def test_padding_changes_nothing() -> None:
     alone, padded = steps_of(config), steps_of(config)
     (one,) = alone.run([Chunk(PROMPT, 0, 1, [2, 0, 1])])
     (other,) = padded.run([Chunk(PROMPT, 0, 1, [2, 0, 1])], padding=7)
-    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    assert_close(one, other, 1e-6)
     for a, b in zip(jax.tree.leaves(alone.cache), jax.tree.leaves(padded.cache), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        assert_close(a, b, 1e-6)
         assert (b[3:] == UNWRITTEN).all()
         assert (b[1][:, 8:] == UNWRITTEN).all()
         assert (b[1][:, :8] != UNWRITTEN).all()
@@ -170,8 +173,8 @@ def test_padding_changes_nothing() -> None:
 def test_the_bulk_write_equals_writes_of_single_layers(group: int) -> None:
     config = swiftkv_config(2, group, layers=6, attention_bias=True)
     model = load_model(config, swiftkv_tensors(config))
+    assert isinstance(model, LlamaSwiftKVForCausalLM)
     upper = model.upper_kv
-    assert isinstance(upper, UpperKeysValues)
     steps = Steps(model, 6, 16)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(5, CONFIG["hidden_size"])), jnp.float32)
@@ -186,8 +189,8 @@ def test_the_bulk_write_equals_writes_of_single_layers(group: int) -> None:
         one = one.reshape(5, -1, 1, 2, CONFIG["head_dim"])
         k, v = steps.cache.k[2 + i], steps.cache.v[2 + i]
         _, (k,), (v,) = kv_cache_update(one, *rope, (k,), (v,), batch.slot_mapping)
-        np.testing.assert_allclose(bulk.k[2 + i], k, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(bulk.v[2 + i], v, rtol=1e-6, atol=1e-6)
+        assert_close(bulk.k[2 + i], k, 1e-6)
+        assert_close(bulk.v[2 + i], v, 1e-6)
         written = (np.asarray(k) != UNWRITTEN).any(axis=(1, 3)).reshape(-1)
         assert np.flatnonzero(written).tolist() == [3, 40, 41, 95]
     for before, after in zip(steps.cache.k[:2], bulk.k[:2], strict=True):
