@@ -164,9 +164,10 @@ def evaluate(
         raise ValueError("nothing to do: give --teacher and --data, or --gsm8k, or all three")
     results: dict[str, Any] = {"model": engine["model"]}
     if data is not None and teacher is not None:
-        loads = [LoadConfig(model=m, dtype=engine["dtype"]) for m in (engine["model"], teacher)]
+        load = LoadConfig(model=engine["model"], dtype=engine["dtype"])
+        other = LoadConfig(model=teacher, dtype=engine["dtype"])
         with bars() as report:
-            found = evaluation.compare_on_text(*loads, data, max_length, batch_size, report)
+            found = evaluation.compare_on_text(load, other, data, max_length, batch_size, report)
         results |= {"teacher": teacher, "text": found}
     if gsm8k is not None:
         results["gsm8k"] = evaluation.gsm8k(make_llm(engine), gsm8k, limit, max_tokens)

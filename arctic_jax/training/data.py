@@ -129,9 +129,8 @@ def pack(samples: Sequence[Sample], length: int) -> Rows:
             room.append(length)
         rows[row].append(sample)
         room[row] -= size
-    packed = Rows(
-        *(np.zeros((len(rows), length), np.int32) for _ in range(3)), _false(rows, length)
-    )
+    ids, positions, segments = (np.zeros((len(rows), length), np.int32) for _ in range(3))
+    packed = Rows(ids, positions, segments, np.zeros((len(rows), length), bool))
     for row, members in enumerate(rows):
         start = 0
         for segment, sample in enumerate(members, 1):
@@ -143,10 +142,6 @@ def pack(samples: Sequence[Sample], length: int) -> Rows:
             packed.counts[row, here] = [*sample.counts[1:], False]
             start = here.stop
     return packed
-
-
-def _false(rows: Sequence[Any], length: int) -> np.ndarray[Any, Any]:
-    return np.zeros((len(rows), length), bool)
 
 
 def batches(num_rows: int, size: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:

@@ -228,7 +228,8 @@ class Training:
         first = manager.latest_step() or 0
         if first:
             abstract = jax.tree.map(_abstract, self.state)
-            self.state = manager.restore(first, args=ocp.args.StandardRestore(abstract))
+            restored = manager.restore(first, args=ocp.args.StandardRestore(abstract))
+            self.state = dict(restored)
             logger.info("going on at step %d of %d", first, self.steps)
         lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
         log.write_text("".join(lines[:first]), "utf-8")
@@ -237,7 +238,7 @@ class Training:
     def _logged_step(self, step: int, rows: np.ndarray[Any, Any]) -> dict[str, float]:
         fields = self.rows.fields(rows)
         start = time.perf_counter()
-        batch = jax.device_put(Batch(**fields), self._split)
+        batch = Batch(**jax.device_put(fields, self._split))
         self.state, metrics = self._step(self.state, self.weights, batch)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - start
@@ -263,7 +264,7 @@ class Training:
         own = optax.apply_updates(state["own"], updates)
         metrics |= {
             "loss": total,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
         }
         return {"own": own, "optimizer": optimizer}, metrics
 

@@ -175,6 +175,7 @@ def test_the_bulk_write_equals_writes_of_single_layers(group: int) -> None:
     model = load_model(config, swiftkv_tensors(config))
     assert isinstance(model, LlamaSwiftKVForCausalLM)
     upper = model.upper_kv
+    assert upper is not None
     steps = Steps(model, 6, 16)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(5, CONFIG["hidden_size"])), jnp.float32)
