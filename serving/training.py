@@ -90,6 +90,8 @@ def distill(
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-4,
     schedule: Annotated[str, typer.Option(help="After the warm-up: cosine, constant.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.05,
+    temperature: Annotated[float, typer.Option(help="Of the divergence.")] = 2.0,
+    hidden_weight: Annotated[float, typer.Option(help="Of the hidden states' error.")] = 1.0,
     dtype: Annotated[
         str, typer.Option(help="Of the computation; masters are float32.")
     ] = "bfloat16",
@@ -114,6 +116,8 @@ def distill(
         learning_rate=learning_rate,
         schedule=schedule,  # pyright: ignore[reportArgumentType]  # it checks
         warmup=warmup,
+        temperature=temperature,
+        hidden_weight=hidden_weight,
         dtype=dtype,
         attention=attention,  # pyright: ignore[reportArgumentType]  # JAX checks
         seed=seed,

@@ -14,6 +14,7 @@ model=${MODEL:-smollm2-135m-instruct}
 layers=${LAYERS:-15} group=${GROUP:-1}
 answers=${ANSWERS:-1} limit=${LIMIT:-20000} max_tokens=${MAX_TOKENS:-512}
 epochs=${EPOCHS:-4} steps=${STEPS:-} batch=${BATCH:-16} length=${LENGTH:-1024} rate=${RATE:-1e-3}
+hidden_weight=${HIDDEN_WEIGHT:-1.0} schedule=${SCHEDULE:-cosine} # of the loss; of the rate
 dtype=${DTYPE:-bfloat16} held_back_every=${HELD_BACK_EVERY:-50}
 generation_s=${GENERATION_S:-210} distillation_s=${DISTILLATION_S:-220}
 work=${WORK:-$OUT/work} # text, checkpoints and the whole student: more than is worth keeping
@@ -36,7 +37,7 @@ timeout --signal=INT "$distillation_s" bash -c "$(declare -f arctic); arctic \"\
     swiftkv distill "$model" "$work/text.jsonl" "$work/run" \
     --num-key-value-layers "$layers" --key-value-group-size "$group" \
     --epochs "$epochs" ${steps:+--steps "$steps"} --batch-size "$batch" --max-length "$length" \
-    --learning-rate "$rate" --dtype "$dtype" --save-every 200
+    --learning-rate "$rate" --schedule "$schedule" --hidden-weight "$hidden_weight" --dtype "$dtype" --save-every 200
 cp "$work/run/swiftkv.safetensors" "$work/run/log.jsonl" "$work/run/settings.json" "$OUT/"
 [[ -f $work/run/loss.png ]] && cp "$work/run/loss.png" "$OUT/"
 step "comparison on what was held back"
