@@ -22,6 +22,18 @@ _interpreter: contextvars.ContextVar[plgpu.InterpretGPUParams | None] = contextv
     "mosaic_gpu_interpreter", default=None
 )
 
+_for_hopper: contextvars.ContextVar[bool] = contextvars.ContextVar("for_hopper", default=False)
+
+
+@contextlib.contextmanager
+def lowering_for_hopper(has_kernels: bool = True) -> Iterator[None]:
+    """Choose inside as on a Hopper GPU (if `has_kernels`), though programs are only lowered."""
+    token = _for_hopper.set(has_kernels)
+    try:
+        yield
+    finally:
+        _for_hopper.reset(token)
+
 
 @contextlib.contextmanager
 def interpret(*, detect_races: bool = False) -> Iterator[None]:
@@ -44,7 +56,7 @@ def interpreter() -> plgpu.InterpretGPUParams | None:
 
 def mosaic_gpu_unavailable() -> str | None:
     """Return why Mosaic GPU kernels cannot run on the default backend, or `None` if they can."""
-    if interpreter() is not None:
+    if interpreter() is not None or _for_hopper.get():
         return None
     if jax.default_backend() != "gpu":
         return f"the default backend is {jax.default_backend()!r}, not 'gpu'"

@@ -37,9 +37,10 @@ from arctic_jax.engine import program_store
 from arctic_jax.engine.crossover import Crossover, CrossoverStore, probe, tokens_to_measure
 from arctic_jax.engine.layout_picker import LayoutPicker
 from arctic_jax.engine.packer import StepPacker
-from arctic_jax.engine.programs import Leaves, ProgramCache
+from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.sampler_rows import SamplerRows
+from arctic_jax.engine.step_program import Leaves, StepProgram
 from arctic_jax.kv_cache import KVCacheSpec
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.layers import named_parameters
@@ -52,6 +53,7 @@ from arctic_jax.weights import Checkpoint, ParameterSpec
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_ROWS = 256
+MAX_PROCESSES = 8  # that lower programs
 
 _cpu_collectives = threading.Lock()
 
@@ -128,7 +130,7 @@ class ModelRunner:
             num_shards = checkpoint.num_shards(num_shards)
         implementation = config.load.implementation
         model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
-        self.leaves, partitions, model = self._load(model, config, checkpoint, report)
+        self.leaves, partitions = self._load(model, config, checkpoint, report)
         self.cache_spec = KVCacheSpec(
             num_layers=model_config.num_cache_layers,
             num_kv_heads=model.num_kv_groups,
@@ -140,16 +142,24 @@ class ModelRunner:
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
         buckets = [bucket for ladder in self._ladders.values() for bucket in ladder]
         max_rows = max(bucket.num_rows for bucket in buckets)
-        self.programs = ProgramCache(
-            model,
+        program = StepProgram(
+            model_class,
+            model_config,
+            num_shards,
+            implementation,
             partitions,
-            self.mesh,
             self.cache_spec,
             self.max_blocks_per_seq,
             self.max_num_seqs,
             max_rows,
             config.scheduler.max_logprobs,
+        )
+        on_gpu = self.mesh.devices.flat[0].platform == "gpu"
+        self.programs = ProgramCache(
+            program,
+            self.mesh,
             program_store.default_directory(),
+            processes=min(MAX_PROCESSES, (os.cpu_count() or 1) // 2) if on_gpu else 0,
         )
         self.num_blocks = config.cache.num_blocks or self._blocks_that_fit(config.cache)
         if self.num_blocks < self.max_blocks_per_seq:
@@ -175,6 +185,7 @@ class ModelRunner:
         self.picker = LayoutPicker(self._ladders, self.crossover.threshold)
         advance = counted(report, "Compiling step programs", len(self.picker.steps))
         self.programs.compile(self.picker.steps, self.num_blocks, advance)
+        self.programs.close()
         self._warm_up()
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
@@ -201,10 +212,8 @@ class ModelRunner:
         config: EngineConfig,
         checkpoint: Checkpoint | OrbaxCheckpoint | None,
         report: Report,
-    ) -> tuple[
-        dict[MeshLayout, Leaves], dict[MeshLayout, tuple[PartitionSpec, ...]], LlamaForCausalLM
-    ]:
-        """Place the weights; return them flat for each layout, and the module with their dtypes."""
+    ) -> tuple[dict[MeshLayout, Leaves], dict[MeshLayout, tuple[PartitionSpec, ...]]]:
+        """Place the weights; return them flat for each layout, and where they lie."""
         named = named_parameters(model)
         axes = [variable.get_metadata("axis") for variable in named.values()]
         partitions = {layout: tuple(map(layout.partition, axes)) for layout in self.layouts}
@@ -227,12 +236,11 @@ class ModelRunner:
             seconds = time.perf_counter() - start
             rate = gigabytes / seconds
             logger.info("loaded %.2f GB of weights in %.1f s (%.1f GB/s)", gigabytes, seconds, rate)
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), model)
         leaves = {self.layouts[-1]: tuple(placed[path] for path in parameters)}
         if len(self.layouts) == 2:
             few, many = self.layouts
             leaves[few] = self._finer(leaves[many], partitions[few])
-        return leaves, partitions, abstract
+        return leaves, partitions
 
     def _finer(self, leaves: Leaves, partitions: Sequence[PartitionSpec]) -> Leaves:
         """Return the weights in the layout for few tokens: no second copy, see `weight_views`."""

@@ -1,0 +1,90 @@
+"""Programs lowered in other processes are those that this process would have made."""
+
+import logging
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh
+from tiny_engine import GREEDY, make_engine, run
+
+from arctic_jax.engine import runner
+from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.lowering import LoweringPool
+from arctic_jax.engine.programs import ProgramCache
+from arctic_jax.engine.step_program import Step, StepProgram
+from arctic_jax.pallas_kernels import dispatch
+
+PROMPTS = [[1, 2, 3], list(range(4, 40))]
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        runner,
+        "ProgramCache",
+        lambda program, mesh, directory, processes: ProgramCache(program, mesh, None, 2),
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"ulysses_sequence_parallel_size": 2}])
+def test_engines_of_such_programs_answer_the_same(
+    options: dict[str, int], request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = answers(make_engine(**options))
+    request.getfixturevalue("two_processes")
+    engine = make_engine(**options)
+    assert engine.runner.programs._pool is None  # closed
+    assert answers(engine) == expected
+    assert "lowered in this process" not in caplog.text
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_a_process_that_dies_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with caplog.at_level(logging.WARNING):
+        engine = make_engine()
+    assert "it is lowered in this process" in caplog.text
+    assert answers(engine)
+
+
+def test_errors_are_sent() -> None:
+    program, mesh, step = parts()
+    pool = LoweringPool(program, mesh, 1)
+    try:
+        with pytest.raises(RuntimeError, match="KeyError"):
+            pool.lower(step._replace(layout="no layout"))
+        pool.lower(step)  # the process goes on
+    finally:
+        pool.close()
+
+
+def test_kernels_are_lowered_where_there_is_no_gpu() -> None:
+    program, mesh, step = parts()
+    bfloat16 = {"head_dim": 64, "block_size": 16, "dtype": jnp.dtype("bfloat16")}
+    program = replace(
+        program,
+        model_config=replace(program.model_config, head_dim=64),
+        cache=replace(program.cache, **bfloat16),
+    )
+    with dispatch.lowering_for_hopper():
+        exported = jax.export.deserialize(bytearray(program.export(step, mesh, "cuda")))
+    assert exported.platforms == ("cuda",)
+    assert "mosaic_gpu" in exported.mlir_module()
+
+
+def answers(engine: EngineCore) -> list[list[int]]:
+    for i, prompt in enumerate(PROMPTS):
+        engine.add_request(str(i), prompt, GREEDY)
+    done = run(engine)
+    return [done[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))]
+
+
+def parts() -> tuple[StepProgram, Mesh, Step]:
+    """A program, its mesh, and a step of it."""
+    made = make_engine().runner
+    layout, bucket = made.picker.steps[0]
+    return made.programs._program, made.mesh, Step(layout, bucket, made.num_blocks)
