@@ -137,7 +137,7 @@ def test_collectives_of_the_programs() -> None:
         tensor_parallel_size=2, ulysses_sequence_parallel_size=2, shift_parallel_threshold=4
     )
     for layout, bucket in engine.runner.picker.steps:
-        text = str(engine.runner.programs._programs[layout, bucket].as_text())
+        text = str(engine.runner.programs._compiled[layout, bucket].as_text())
         count = Counter(re.findall(r" (all-[a-z-]+|reduce-scatter|collective-permute)\(", text))
         # One reduction after the embedding and two a layer; one gather of the logits.
         if layout.name == "shift":
@@ -161,7 +161,8 @@ def test_weights_are_not_stored_twice() -> None:
         for view, whole in zip(fine.addressable_shards, coarse.addressable_shards, strict=True):
             offset = view.data.unsafe_buffer_pointer() - whole.data.unsafe_buffer_pointer()
             assert 0 <= offset <= whole.data.nbytes - view.data.nbytes
-    model = jax.tree.unflatten(engine.runner.programs._treedef, many)
+    tree = jax.tree.structure(engine.runner.programs._program._model())
+    model = jax.tree.unflatten(tree, many)
     parts = {
         path: leaf.shape[0] // leaf[...].addressable_shards[0].data.shape[0]
         for path, leaf in named_parameters(model).items()
