@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -127,12 +127,13 @@ def bucket_ladder(
     """Return the sorted shapes that are compiled.
 
     Decode steps come in a ladder of sequences, mixed steps in a ladder of tokens, and two shapes
-    have rows of logits for many tokens (prompt log-probabilities).
+    have rows of logits for many tokens (prompt log-probabilities), if any.
 
     Args:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens of the largest step.
-        max_prompt_rows: rows for prompt log-probabilities, beside one for each sequence.
+        max_prompt_rows: rows for prompt log-probabilities, beside one for each sequence; 0 for
+            a model that has none.
         multiple: token counts are multiples of this (devices that share the tokens).
     """
 
@@ -148,9 +149,9 @@ def bucket_ladder(
     seqs = max(decode)
     ladder = {Bucket(n, n, n, 1) for n in decode}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
-    ladder |= {
-        Bucket(n, max_prompt_rows + seqs, seqs, n) for n in (up(max_prompt_rows), max(mixed))
-    }
+    if max_prompt_rows:
+        many = (up(max_prompt_rows), max(mixed))
+        ladder |= {Bucket(n, max_prompt_rows + seqs, seqs, n) for n in many}
     return tuple(sorted(ladder))
 
 
@@ -206,7 +207,7 @@ class ForwardBatch:
         query_start_loc: `[S+1]`; empty slots repeat the end.
         seq_lens: `[S]` tokens in the cache after the writes; 0 for an empty slot.
         block_tables: `[S, B]`.
-        logit_rows: `[R]` tokens whose logits are wanted.
+        logit_rows: `[R]` tokens whose logits are wanted; -1 for padding, which comes last.
         row_seq: `[R]` the sequence of each row.
         row_target: `[R]` the token whose log-probability is reported; -1 for the one drawn.
             Padding has target 0, so that its draws count for nobody.
@@ -307,9 +308,24 @@ def unpack(packed: Array, bucket: Bucket, max_blocks: int) -> ForwardBatch:
     return ForwardBatch(**values, max_query_len=bucket.max_query_len)
 
 
-def narrow(x: Array, batch: ForwardBatch) -> Array:
-    """Keep the rows of `x [T, d]` that need logits: `[R, d]`."""
-    return x[batch.logit_rows]
+def narrow(x: Array, batch: ForwardBatch) -> tuple[Array, ForwardBatch]:
+    """Keep the rows of `x [T, d]` that need logits: `[R, d]`.
+
+    With the batch as attention sees it from there on: R sequences of one query each, that end with
+    it. What the sampler reads stays as it is.
+    """
+    real = batch.logit_rows >= 0
+    rows = jnp.maximum(batch.logit_rows, 0)
+    positions = batch.positions[rows]
+    return x[rows], replace(
+        batch,
+        positions=positions,
+        slot_mapping=jnp.full_like(rows, -1),
+        query_start_loc=jnp.minimum(jnp.arange(len(rows) + 1), real.sum()),
+        seq_lens=jnp.where(real, positions + 1, 0),
+        block_tables=batch.block_tables[batch.row_seq],
+        max_query_len=1,
+    )
 
 
 @functools.partial(

@@ -97,6 +97,19 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class SwiftKVConfig:
+    """Where a SwiftKV model narrows, and who holds keys and values above (arXiv 2410.03960).
+
+    Attributes:
+        num_key_value_layers: l; the layers that run on every token.
+        key_value_group_size: g; so many neighbouring layers above share keys and values (AcrossKV).
+    """
+
+    num_key_value_layers: int
+    key_value_group_size: int = 1
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The numbers of a decoder. `head_dim` need not be `hidden_size / num_attention_heads`."""
 
@@ -119,6 +132,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...] = ()
     """Keys each layer's queries see; `None` for all. Empty means `None` for every layer."""
     moe: MoEConfig | None = None
+    swiftkv: SwiftKVConfig | None = None
     checkpoint_dtype: str = "float32"
 
     @classmethod
@@ -163,6 +177,22 @@ class ModelConfig:
         if model.checkpoint_dtype not in DTYPES:
             raise UnsupportedModelError(f"dtype {model.checkpoint_dtype!r} is not one of {DTYPES}")
         return model
+
+    @property
+    def num_lower_layers(self) -> int:
+        """Layers that run on every token; those above run on the rows that need logits."""
+        return self.swiftkv.num_key_value_layers if self.swiftkv else self.num_hidden_layers
+
+    @property
+    def key_value_group_size(self) -> int:
+        """Upper layers that share keys and values, the first of which owns them."""
+        return self.swiftkv.key_value_group_size if self.swiftkv else 1
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers that own keys and values in the cache."""
+        upper = self.num_hidden_layers - self.num_lower_layers
+        return self.num_lower_layers + upper // self.key_value_group_size
 
     def sliding_window(self, layer: int) -> int | None:
         """Return the window of a layer, `None` for full attention."""

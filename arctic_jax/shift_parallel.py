@@ -10,7 +10,7 @@ parallelism: Jacobs et al. 2023; shift parallelism: Hidayetoglu et al. 2025).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -41,17 +41,23 @@ class MeshLayout:
         """Where the first dimension of a parameter with this logical axis lies.
 
         Args:
-            axis: `"heads"`, `"ffn"`, `"experts"` (split over `weights`), `"vocab"` (split over all
-                devices) or `None` (replicated).
+            axis: `"heads"`, `"ffn"`, `"experts"` (split over `weights`), `"vocab"`, `"narrow"`
+                (whatever it is, in the narrow part; split over all devices) or `None` (replicated).
         """
         axes = {
             "heads": self.weights,
             "ffn": self.weights,
             "experts": self.weights,
             "vocab": self.devices,
+            "narrow": self.devices,
             None: (),
         }[axis]
         return PartitionSpec(axes) if axes else PartitionSpec()
+
+    @property
+    def narrow(self) -> MeshLayout:
+        """What follows where the batch has narrowed: rows on every device, heads split over all."""
+        return replace(self, tokens=(), weights=self.devices)
 
     def to_heads(self, x: Array) -> Array:
         """`[tokens/SP, groups/TP, w]` to `[tokens, groups/(TP·SP), w]`: one all-to-all."""

@@ -69,9 +69,15 @@ def write_checkpoint(directory: str | Path, config: Mapping[str, Any], seed: int
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", "utf-8")
-    tensors = {name: _tensor(name, s, seed) for name, s in tensor_shapes(config).items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        make_tensors(config, seed), directory / "model.safetensors", metadata={"format": "pt"}
+    )
     return directory
+
+
+def make_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """Make the tensors of a checkpoint of this config, float32, by their names."""
+    return {name: _tensor(name, shape, seed) for name, shape in tensor_shapes(config).items()}
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -115,7 +121,22 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{prefix}{name}.weight": shape for name, shape in matrices.items()}
         shapes |= {f"{prefix}{name}.bias": matrices[name][:1] for name in sorted(biased)}
         shapes |= {f"{prefix}{name}.weight": (size,) for name, size in norms.items()}
-    return shapes
+    return _with_swiftkv(shapes, config) if "SwiftKV" in architecture else shapes
+
+
+def _with_swiftkv(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Replace the projections of the upper layers; keys and values only where a group begins."""
+    lower, group = config["num_key_value_layers"], config.get("key_value_group_size", 1)
+    changed: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        match = re.fullmatch(r"(model\.layers\.(\d+)\.self_attn\.([qkv])_proj)\.(\w+)", name)
+        if not match or int(match[2]) < lower:
+            changed[name] = shape
+        elif match[3] == "q" or (int(match[2]) - lower) % group == 0:
+            changed[f"{match[1]}_swiftkv.{match[4]}"] = shape
+    return changed | {"model.norm_swiftkv.weight": (config["hidden_size"],)}
 
 
 def _mixture_shapes(config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
@@ -139,6 +160,8 @@ _BIASED = {  # projections with a bias whatever the config says
     "Qwen2ForCausalLM": _QKV,
     "Qwen3ForCausalLM": frozenset[str](),
     "Qwen3MoeForCausalLM": frozenset[str](),
+    "LlamaSwiftKVForCausalLM": frozenset[str](),
+    "Qwen2SwiftKVForCausalLM": _QKV,
 }
 
 

@@ -136,6 +136,44 @@ class QKV:
 
 
 @dataclass(frozen=True)
+class KV:
+    """Key and value projections (or their biases) of several layers, fused by key/value group.
+
+    Row `g` is `[layers, 2 * head_dim, ...]`: of each layer its key head and its value head.
+
+    Attributes:
+        k: names of the key projections, one a layer.
+        v: of the value projections.
+        kv_heads, groups, head_dim: as for `QKV`.
+    """
+
+    k: tuple[str, ...]
+    v: tuple[str, ...]
+    kv_heads: int
+    groups: int
+    head_dim: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return (*self.k, *self.v)
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """See `Source`."""
+        rows = []
+        for group in range(start, stop):
+            kv = group * self.kv_heads // self.groups
+            head = slice(kv * self.head_dim, (kv + 1) * self.head_dim)
+            pairs = zip(self.k, self.v, strict=True)
+            rows.append(
+                np.stack(
+                    [np.concatenate([checkpoint.read(n, head) for n in pair]) for pair in pairs]
+                )
+            )
+        return np.stack(rows)
+
+
+@dataclass(frozen=True)
 class GateUp:
     """Gate and up projections (or their biases), fused as `[shards, 2, ffn/shards, ...]`."""
 

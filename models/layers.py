@@ -8,6 +8,7 @@ the `MeshLayout` knows; a module names the logical axis ("heads", "ffn", "vocab"
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,14 @@ def parameter(*shape: int, axis: str | None = None) -> nnx.Param[Array]:
     return nnx.Param(jnp.zeros(shape), axis=axis)
 
 
-def named_parameters(module: nnx.Module) -> dict[str, nnx.Param[Array]]:
+def in_narrow_part(*modules: nnx.Module | None) -> None:
+    """Split the parameters of modules over all devices, in every layout."""
+    for variable in named_parameters(modules).values():
+        if variable.get_metadata("axis"):
+            variable.set_metadata("axis", "narrow")
+
+
+def named_parameters(module: Any) -> dict[str, nnx.Param[Array]]:
     """Return the parameters by their dotted paths, in the order of `jax.tree.leaves(module)`."""
     found = jax.tree_util.tree_leaves_with_path(
         module, is_leaf=lambda node: isinstance(node, nnx.Param)
@@ -48,6 +56,17 @@ def rotary(rope: RopeConfig, head_dim: int, positions: Array) -> tuple[Array, Ar
     inverse, factor = _frequencies(rope, head_dim)
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(inverse)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding of `x [..., heads, head_dim]` in the half-split order of Hugging Face.
+
+    In float32, by `cos` and `sin [..., head_dim/2]`; for what `kv_cache_update` does not rotate.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -153,7 +172,41 @@ class RMSNorm(nnx.Module):
         )
 
 
-class Attention(nnx.Module):
+class PagedAttention(nnx.Module):
+    """What all attention over the paged cache ends with: from rotated queries to the output."""
+
+    def __init__(
+        self, config: ModelConfig, sliding_window: int | None, implementation: str | None
+    ) -> None:
+        self.head_dim = config.head_dim
+        self.sliding_window = sliding_window
+        self.implementation = implementation
+        size = config.num_attention_heads * config.head_dim
+        self.output = parameter(size, config.hidden_size, axis="heads")
+        self.output_bias = parameter(config.hidden_size) if config.attention_output_bias else None
+
+    def attend(
+        self, q: Array, batch: ForwardBatch, k_cache: Array, v_cache: Array, layout: MeshLayout
+    ) -> Array:
+        """Rotated queries `[tokens, heads, head_dim]` to what is added to the residual stream."""
+        out = paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.query_start_loc,
+            batch.seq_lens,
+            max_query_len=batch.max_query_len,
+            scale=self.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+            implementation=self.implementation,
+        )
+        out = layout.to_tokens(out.reshape(out.shape[0], k_cache.shape[1], -1))
+        out = layout.reduce(out.reshape(out.shape[0], -1) @ self.output[...])
+        return out if self.output_bias is None else out + self.output_bias[...]
+
+
+class Attention(PagedAttention):
     """Grouped-query attention over the paged cache.
 
     Query, key and value projections are fused by key/value group: `[groups, w, hidden]` with
@@ -168,15 +221,10 @@ class Attention(nnx.Module):
         groups: int,
         implementation: str | None,
     ) -> None:
-        self.head_dim = config.head_dim
-        self.sliding_window = sliding_window
-        self.implementation = implementation
+        super().__init__(config, sliding_window, implementation)
         width = (config.num_attention_heads // groups + 2) * config.head_dim
-        size = config.num_attention_heads * config.head_dim
         self.qkv = parameter(groups, width, config.hidden_size, axis="heads")
         self.qkv_bias = parameter(groups, width, axis="heads") if config.qkv_bias else None
-        self.output = parameter(size, config.hidden_size, axis="heads")
-        self.output_bias = parameter(config.hidden_size) if config.attention_output_bias else None
         norm = config.qk_norm
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norm else None
@@ -216,22 +264,7 @@ class Attention(nnx.Module):
             **norms,
             implementation=self.implementation,
         )
-        out = paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            batch.block_tables,
-            batch.query_start_loc,
-            batch.seq_lens,
-            max_query_len=batch.max_query_len,
-            scale=self.head_dim**-0.5,
-            sliding_window=self.sliding_window,
-            implementation=self.implementation,
-        )
-        out = layout.to_tokens(out.reshape(tokens, groups, -1))
-        out = layout.reduce(out.reshape(x.shape[0], -1) @ self.output[...])
-        if self.output_bias is not None:
-            out = out + self.output_bias[...]
+        out = self.attend(q, batch, k_cache, v_cache, layout)
         return x, out, k_cache, v_cache
 
 

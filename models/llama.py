@@ -103,7 +103,7 @@ class LlamaForCausalLM(nnx.Module):
                     self.feed_forward(i),
                     implementation,
                 )
-                for i in range(config.num_hidden_layers)
+                for i in range(config.num_lower_layers)
             ]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -116,7 +116,11 @@ class LlamaForCausalLM(nnx.Module):
     def __call__(
         self, batch: ForwardBatch, cache: KVCache, layout: MeshLayout
     ) -> tuple[Array, KVCache]:
-        """Run every layer on every token; return float32 logits `[R, vocab]` and the cache."""
+        """Return float32 logits `[R, vocab]` and the cache.
+
+        The lower layers run on every token, the upper ones (SwiftKV has some) on those that need
+        logits.
+        """
         rope = rotary(self.config.rope, self.config.head_dim, batch.positions)
         x = self.embed(batch.token_ids, layout)
         delta = jnp.zeros_like(x)
@@ -125,9 +129,29 @@ class LlamaForCausalLM(nnx.Module):
             x, delta, k_caches[i], v_caches[i] = _run_layer(
                 layer, x, delta, rope, batch, k_caches[i], v_caches[i], layout=layout
             )
-        x = self.norm(narrow(layout.gather_tokens(x + delta), batch))
-        logits = (self.lm_head or self.embed).logits(x, layout)
-        return logits, KVCache(k=tuple(k_caches), v=tuple(v_caches))
+        x, cache = layout.gather_tokens(x + delta), KVCache(tuple(k_caches), tuple(v_caches))
+        cache = self.fill_upper_cache(x, rope, batch, cache)
+        x, batch = narrow(x, batch)
+        x = self.run_upper_layers(x, batch, cache, layout.narrow)
+        logits = (self.lm_head or self.embed).logits(self.norm(x), layout)
+        return logits, cache
+
+    def fill_upper_cache(
+        self, x: Array, rope: tuple[Array, Array], batch: ForwardBatch, cache: KVCache
+    ) -> KVCache:
+        """Write all tokens' keys and values of the upper layers, from `x [T, hidden]`; here none.
+
+        `x` is what the lower layers give, complete on every device.
+        """
+        del x, rope, batch
+        return cache
+
+    def run_upper_layers(
+        self, x: Array, batch: ForwardBatch, cache: KVCache, layout: MeshLayout
+    ) -> Array:
+        """`x [R, hidden]` of the rows that need logits to the input of the last norm; here none."""
+        del batch, cache, layout
+        return x
 
     def feed_forward(self, layer: int) -> FeedForward:
         """Make the feed-forward of a layer."""
@@ -156,26 +180,31 @@ class LlamaForCausalLM(nnx.Module):
             "norm.weight": Rows("model.norm.weight"),
             "lm_head.weight": Rows("lm_head.weight"),
         }
-        for i in range(config.num_hidden_layers):
-            here, there = f"layers.{i}", f"model.layers.{i}"
-            for path, kind in (("qkv", "weight"), ("qkv_bias", "bias")):
-                sources[f"{here}.attention.{path}"] = QKV(
-                    *(f"{there}.self_attn.{p}_proj.{kind}" for p in "qkv"),
-                    heads=config.num_attention_heads,
-                    kv_heads=config.num_key_value_heads,
-                    groups=self.num_kv_groups,
-                    head_dim=config.head_dim,
-                )
-            for path, source in self.feed_forward_sources(i).items():
-                sources[f"{here}.mlp.{path}"] = source
-            sources |= {
-                f"{here}.attention_norm.weight": Rows(f"{there}.input_layernorm.weight"),
-                f"{here}.mlp_norm.weight": Rows(f"{there}.post_attention_layernorm.weight"),
-                f"{here}.attention.output": Columns(f"{there}.self_attn.o_proj.weight"),
-                f"{here}.attention.output_bias": Rows(f"{there}.self_attn.o_proj.bias"),
-                f"{here}.attention.q_norm.weight": Rows(f"{there}.self_attn.q_norm.weight"),
-                f"{here}.attention.k_norm.weight": Rows(f"{there}.self_attn.k_norm.weight"),
-            }
+        for i in range(config.num_lower_layers):
+            sources |= self.layer_sources(f"layers.{i}", i)
+        return sources
+
+    def layer_sources(self, here: str, layer: int) -> dict[str, Source]:
+        """Say the same of a layer, whose parameters' paths begin with `here`."""
+        there = f"model.layers.{layer}"
+        sources: dict[str, Source] = {
+            f"{here}.attention_norm.weight": Rows(f"{there}.input_layernorm.weight"),
+            f"{here}.mlp_norm.weight": Rows(f"{there}.post_attention_layernorm.weight"),
+            f"{here}.attention.output": Columns(f"{there}.self_attn.o_proj.weight"),
+            f"{here}.attention.output_bias": Rows(f"{there}.self_attn.o_proj.bias"),
+            f"{here}.attention.q_norm.weight": Rows(f"{there}.self_attn.q_norm.weight"),
+            f"{here}.attention.k_norm.weight": Rows(f"{there}.self_attn.k_norm.weight"),
+        }
+        for path, kind in (("qkv", "weight"), ("qkv_bias", "bias")):
+            sources[f"{here}.attention.{path}"] = QKV(
+                *(f"{there}.self_attn.{p}_proj.{kind}" for p in "qkv"),
+                heads=self.config.num_attention_heads,
+                kv_heads=self.config.num_key_value_heads,
+                groups=self.num_kv_groups,
+                head_dim=self.config.head_dim,
+            )
+        for path, source in self.feed_forward_sources(layer).items():
+            sources[f"{here}.mlp.{path}"] = source
         return sources
 
     def feed_forward_sources(self, layer: int) -> dict[str, Source]:

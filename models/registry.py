@@ -17,6 +17,8 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "qwen3_moe:Qwen3MoeForCausalLM",
+    "LlamaSwiftKVForCausalLM": "llama_swiftkv:LlamaSwiftKVForCausalLM",
+    "Qwen2SwiftKVForCausalLM": "qwen2_swiftkv:Qwen2SwiftKVForCausalLM",
 }
 
 

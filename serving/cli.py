@@ -1,4 +1,4 @@
-"""The command line `arctic-jax`: generate, chat, convert, bench, models, env.
+"""The command line `arctic-jax`: generate, chat, convert, bench, swiftkv, evaluate, models, env.
 
 Runs in the user's terminal; everything it does goes through `LLM`. JAX and transformers are
 imported inside the commands, so that `--help` answers at once.
@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from arctic_jax.serving import bench
+from arctic_jax.serving import bench, training
 from arctic_jax.serving.options import command, make_llm, show_log, stderr, stdout
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ app = typer.Typer(
 models_app = typer.Typer(help="The models.", no_args_is_help=True)
 app.add_typer(bench.app, name="bench")
 app.add_typer(models_app, name="models")
+app.add_typer(training.app, name="swiftkv")
+command(app, "evaluate")(training.evaluate)
 
 
 def main() -> None:

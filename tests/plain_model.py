@@ -11,14 +11,26 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def logits(config: Mapping, tensors: Tensors, token_ids: list[int]) -> np.ndarray:
-    """Logits `[tokens, vocab]` of a Llama-like model; `tensors` by their checkpoint names."""
+    """Logits `[tokens, vocab]` of a Llama-like model; `tensors` by their checkpoint names.
+
+    With SwiftKV every layer runs on every token, under its rule for keys and values.
+    """
+    return forward(config, tensors, token_ids)[1]
+
+
+def forward(
+    config: Mapping, tensors: Tensors, token_ids: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What goes into the last layer `[tokens, hidden]`, and the logits."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
     dim = config.get("head_dim") or config["hidden_size"] // heads
     eps = config["rms_norm_eps"]
     n = len(token_ids)
     positions = np.arange(n)
-    frequencies = config.get("rope_theta", 10000.0) ** (-np.arange(0, dim, 2) / dim)
+    frequencies = rope_frequencies(config, dim)
+    lower = config.get("num_key_value_layers", config["num_hidden_layers"])
+    group = config.get("key_value_group_size", 1)
     angles = positions[:, None] * frequencies
     visible = positions[None, :] <= positions[:, None]
     if config.get("sliding_window"):
@@ -58,13 +70,19 @@ def logits(config: Mapping, tensors: Tensors, token_ids: list[int]) -> np.ndarra
                 out[token] += weight * feed_forward(x[token], f"{name}.experts.{expert}")
         return out
 
-    x = get("model.embed_tokens.weight")[token_ids]
+    x = middle = before_last = get("model.embed_tokens.weight")[token_ids]
     for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        h = norm(x, f"{layer}.input_layernorm.weight")
-        q = linear(h, f"{layer}.self_attn.q_proj").reshape(n, heads, dim)
-        k = linear(h, f"{layer}.self_attn.k_proj").reshape(n, kv_heads, dim)
-        v = linear(h, f"{layer}.self_attn.v_proj").reshape(n, kv_heads, dim)
+        layer, before_last = f"model.layers.{i}", x
+        h = source = norm(x, f"{layer}.input_layernorm.weight")
+        owner, suffix = layer, ""
+        if i == lower:
+            middle = norm(x, "model.norm_swiftkv.weight")
+        if i >= lower:
+            owner, suffix = f"model.layers.{i - (i - lower) % group}", "_swiftkv"
+            source = middle
+        q = linear(h, f"{layer}.self_attn.q_proj{suffix}").reshape(n, heads, dim)
+        k = linear(source, f"{owner}.self_attn.k_proj{suffix}").reshape(n, kv_heads, dim)
+        v = linear(source, f"{owner}.self_attn.v_proj{suffix}").reshape(n, kv_heads, dim)
         if f"{layer}.self_attn.q_norm.weight" in tensors:
             q = norm(q, f"{layer}.self_attn.q_norm.weight")
             k = norm(k, f"{layer}.self_attn.k_norm.weight")
@@ -82,7 +100,23 @@ def logits(config: Mapping, tensors: Tensors, token_ids: list[int]) -> np.ndarra
         else:
             x = x + feed_forward(h, f"{layer}.mlp")
     head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
-    return norm(x, "model.norm.weight") @ get(f"{head}.weight").T
+    return before_last, norm(x, "model.norm.weight") @ get(f"{head}.weight").T
+
+
+def rope_frequencies(config: Mapping, dim: int) -> np.ndarray:
+    """Angles a position, `[dim/2]`; Llama 3.1 slows those that turn seldom within its old context.
+
+    Between `low_freq_factor` and `high_freq_factor` turns the two are mixed.
+    """
+    frequencies = config.get("rope_theta", 10000.0) ** (-np.arange(0, dim, 2) / dim)
+    scaling = config.get("rope_scaling")
+    if scaling:
+        assert scaling["rope_type"] == "llama3"
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
+    return frequencies
 
 
 def greedy(config: Mapping, tensors: Tensors, prompt: list[int], max_tokens: int) -> list[int]:

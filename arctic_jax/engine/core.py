@@ -233,6 +233,12 @@ class EngineCore:
                 "token. Please reduce the length of the input prompt.",
                 "input_tokens",
             )
+        if params.prompt_logprobs is not None and not self.runner.max_prompt_rows:
+            raise InvalidRequestError(
+                f"prompt_logprobs is not available for {self.runner.model_config.architecture}: "
+                "prompt tokens do not pass through its upper layers (SwiftKV)",
+                "prompt_logprobs",
+            )
         params.check_vocabulary(vocab_size)
         most = self.config.scheduler.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):

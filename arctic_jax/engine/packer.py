@@ -84,6 +84,7 @@ class StepPacker:
 
         row_seq = np.repeat(seqs, rows)
         views["logit_rows"][:R] = np.arange(R) + (seq_ends - row_ends)[row_seq]
+        views["logit_rows"][R:] = -1
         views["row_seq"][:R] = row_seq
         steps = [part.request.num_drawn - part.samples for part in parts]
         views["row_step"][:R] = np.array(steps)[row_seq]

@@ -114,7 +114,9 @@ class ModelRunner:
         self.limits = limits
         self.max_num_seqs = limits.max_num_seqs
         max_tokens = limits.max_num_batched_tokens
-        self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens)
+        # Where only the rows that need logits reach the upper layers, a prompt's rows stay few.
+        has_all_rows = model_config.num_lower_layers == model_config.num_hidden_layers
+        self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens) if has_all_rows else 0
         self._ladders = {
             layout: bucket_ladder(
                 self.max_num_seqs, max_tokens, self.max_prompt_rows, sp if layout.tokens else 1
@@ -130,7 +132,7 @@ class ModelRunner:
         model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
         self.leaves, partitions = self._load(model, config, checkpoint, report)
         self.cache_spec = KVCacheSpec(
-            num_layers=model_config.num_hidden_layers,
+            num_layers=model_config.num_cache_layers,
             num_kv_heads=model.num_kv_groups,
             head_dim=model_config.head_dim,
             block_size=config.cache.block_size,
@@ -292,7 +294,7 @@ class ModelRunner:
         """Return the one that the user set, that was measured at an earlier start, or is now."""
         if threshold is not None or len(self.layouts) == 1:
             return Crossover(threshold or 0)
-        return self._crossover_store().load() or self.measure_crossover(report)
+        return self._crossover_store().load() or self._measure_crossover(report)
 
     def _crossover_store(self) -> CrossoverStore:
         return CrossoverStore(
@@ -301,7 +303,13 @@ class ModelRunner:
         )
 
     def measure_crossover(self, report: Report = silent) -> Crossover:
-        """Time steps of both layouts and keep what is found on disk; before any request."""
+        """Time steps of both layouts and keep what is found on disk; while nothing runs."""
+        try:
+            return self._measure_crossover(report)
+        finally:
+            self.programs.close()
+
+    def _measure_crossover(self, report: Report) -> Crossover:
         few, many = self.layouts
         multiple = self.mesh.shape["sp"]
         counts = tokens_to_measure(multiple, self.limits.max_num_batched_tokens)

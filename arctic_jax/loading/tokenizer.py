@@ -138,6 +138,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _from_directory(path: Path) -> PreTrainedTokenizerFast:
+    # It looks into the model's config, too, and warns of model types that it does not have.
+    configs = logging.getLogger("transformers.configuration_utils")
+    configs.addFilter(_knows_model_type)
     try:
         # local_files_only: a directory is complete; a missing file must not become a download.
         loaded = AutoTokenizer.from_pretrained(
@@ -145,9 +148,15 @@ def _from_directory(path: Path) -> PreTrainedTokenizerFast:
         )
     except Exception as error:  # `tokenizers` raises plain Exception for a faulty file
         raise CheckpointError(f"no tokenizer could be read from {path}: {error}") from error
+    finally:
+        configs.removeFilter(_knows_model_type)
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise CheckpointError(f"{path} has no fast tokenizer (tokenizer.json)")
     return loaded
+
+
+def _knows_model_type(record: logging.LogRecord) -> bool:
+    return "You are using a model of type" not in record.getMessage()
 
 
 def _from_gguf(path: Path) -> PreTrainedTokenizerFast:

@@ -171,7 +171,7 @@ def test_measured_crossover_is_kept_on_disk(
     assert found.tokens == (8, 16, 32)
     assert all(ms > 0 for ms in (*found.few_ms, *found.many_ms))
     assert answers(first) == expected()
-    monkeypatch.setattr(ModelRunner, "measure_crossover", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(ModelRunner, "_measure_crossover", lambda *_: pytest.fail("measured again"))
     assert shifting_engine(1, 2).runner.crossover == found
     (kept,) = (tmp_path / "arctic_jax" / "crossovers").iterdir()
     kept.write_text('{"tokens": [8]}')

@@ -62,4 +62,6 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_every_architecture_has_a_case() -> None:
-    assert {c["architectures"][0] for c in cases.CASES.values()} == set(ARCHITECTURES)
+    """`transformers` has no SwiftKV: see `test_llama_swiftkv.py`."""
+    known = {name for name in ARCHITECTURES if "SwiftKV" not in name}
+    assert {c["architectures"][0] for c in cases.CASES.values()} == known

@@ -1,0 +1,1 @@
+"""Making SwiftKV models: transformation, distillation and evaluation. `optax` is an extra."""

@@ -1,0 +1,84 @@
+"""Text to distil on: a model's own answers to prompts, by the engine. Host only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arctic_jax.llm import LLM
+from arctic_jax.request import SamplingParams
+
+PROMPT_KEYS = ("messages", "prompt", "question", "text")
+
+
+def read_prompts(paths: Sequence[Path]) -> Iterator[list[dict[str, str]]]:
+    """Yield a conversation for each line of JSON: up to the answer that is wanted.
+
+    A line is `{"messages": [...]}`, a text under "prompt", "question" or "text", or `{"turns":
+    [...]}`, whose first one is taken; other keys are ignored.
+
+    Raises:
+        ValueError: a line has none of these; the message has its number.
+    """
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _conversation(json.loads(line), f"{path}:{number}")
+
+
+def _conversation(line: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    if line.get("messages"):
+        messages = [dict(message) for message in line["messages"]]
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    text = next((line[key] for key in PROMPT_KEYS if isinstance(line.get(key), str)), None)
+    if line.get("turns"):
+        text = line["turns"][0]
+    if text is None:
+        raise ValueError(f"{where}: none of {', '.join(PROMPT_KEYS)} or turns")
+    return [{"role": "user", "content": text}]
+
+
+def generate(
+    llm: LLM,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    params: SamplingParams,
+    out: Path,
+    held_back: Path | None = None,
+    every: int = 50,
+) -> tuple[int, int]:
+    """Let a model answer, and write the conversations with their answers as JSON lines.
+
+    Args:
+        llm: the model.
+        conversations: each ends where an answer is wanted; those too long for the model are left
+            out.
+        params: how it answers; with n > 1 there are n lines to a conversation.
+        out: the file for training.
+        held_back: the file for the answers to every so-manieth conversation, for evaluation.
+        every: how many that are.
+
+    Returns:
+        Lines written, and tokens generated.
+    """
+    longest = llm.engine.runner.max_model_len  # pyright: ignore[reportAttributeAccessIssue]
+    room = longest - (params.max_tokens or 1)
+    template = llm.engine.tokenizer.apply_chat_template
+    asked = [messages for messages in conversations if len(template(messages)) < room]
+    outputs = llm.chat(asked, params)
+    files = {True: held_back or out, False: out}
+    lines: dict[Path, list[str]] = {path: [] for path in files.values()}
+    tokens = 0
+    for i, (messages, output) in enumerate(zip(asked, outputs, strict=True)):
+        is_held_back = i % every == every - 1
+        for answer in output.outputs:
+            tokens += len(answer.token_ids)
+            whole = [*messages, {"role": "assistant", "content": answer.text}]
+            line = json.dumps({"messages": whole}, ensure_ascii=False)
+            lines[files[is_held_back]].append(line + "\n")
+    for path, written in lines.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(written), "utf-8")
+    return sum(map(len, lines.values())), tokens

@@ -1,0 +1,181 @@
+"""`arctic-jax swiftkv` and `arctic-jax evaluate`: make a SwiftKV model, and see how good it is."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from arctic_jax.serving.options import command, make_llm, stderr, stdout
+
+app = typer.Typer(help="Make SwiftKV models.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(help="An alias, a folder, a GGUF file, or a hub id.")]
+Lower = Annotated[
+    int, typer.Option("--num-key-value-layers", min=1, help="Layers that run on every token.")
+]
+Group = Annotated[
+    int,
+    typer.Option("--key-value-group-size", min=1, help="Upper layers that share keys and values."),
+]
+
+
+@command(app, "convert")
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    lower: Lower,
+    group: Group = 1,
+    parameters: Annotated[
+        Path | None, typer.Option(help="Trained ones, as distill writes: swiftkv.safetensors.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16; auto leaves the weights as they are.")
+    ] = "auto",
+) -> None:
+    """Write a model in its SwiftKV form; without trained parameters it wants distillation."""
+    from arctic_jax.config import LoadConfig
+    from arctic_jax.progress import bars
+    from arctic_jax.training import swiftkv_checkpoint
+
+    load = LoadConfig(model=model, dtype=dtype)
+    with bars() as report:
+        swiftkv_checkpoint.convert(load, out, lower, group, parameters, report)
+    stderr.print(Text(f"{out} is ready: arctic-jax generate --model {out}", "dim"))
+
+
+@command(app, "generate")
+def generate(
+    engine: dict[str, Any],
+    prompts: Annotated[list[Path], typer.Argument(help="JSON lines with prompts.")],
+    out: Annotated[Path, typer.Option(help="File for the conversations with their answers.")],
+    held_back: Annotated[
+        Path | None, typer.Option(help="File for those that are kept for evaluation.")
+    ] = None,
+    held_back_every: Annotated[int, typer.Option(min=2, help="One in so many of them.")] = 50,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many prompts.")] = None,
+    answers: Annotated[int, typer.Option(min=1, help="To each prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 0.7,
+) -> None:
+    """Let a model write the text that its student is distilled on."""
+    from arctic_jax import SamplingParams
+    from arctic_jax.training import generate as generation
+
+    conversations = list(generation.read_prompts(prompts))[:limit]
+    params = SamplingParams(
+        n=answers,
+        temperature=temperature,
+        top_p=0.95,
+        max_tokens=max_tokens,
+        seed=engine.get("seed", 0),
+    )
+    llm = make_llm(engine)
+    lines, tokens = generation.generate(llm, conversations, params, out, held_back, held_back_every)
+    stderr.print(f"[dim]{lines} conversations with {tokens} generated tokens[/]")
+
+
+@command(app, "distill")
+def distill(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help='JSON lines of "messages" or "text".')],
+    out: Annotated[Path, typer.Argument(help="A folder; what was begun there goes on.")],
+    lower: Lower,
+    group: Group = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step, all devices.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-4,
+    schedule: Annotated[str, typer.Option(help="After the warm-up: cosine, constant.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.05,
+    temperature: Annotated[float, typer.Option(help="Of the divergence.")] = 2.0,
+    hidden_weight: Annotated[float, typer.Option(help="Of the hidden states' error.")] = 1.0,
+    dtype: Annotated[
+        str, typer.Option(help="Of the computation; masters are float32.")
+    ] = "bfloat16",
+    attention: Annotated[str, typer.Option(help="xla or cudnn.")] = "xla",
+    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+) -> None:
+    """Train a SwiftKV student of a model, on all devices; see docs/swiftkv.md."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from arctic_jax.config import LoadConfig
+    from arctic_jax.training.distill import Recipe
+    from arctic_jax.training.distill import distill as run
+
+    recipe = Recipe(
+        lower,
+        group,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        learning_rate=learning_rate,
+        schedule=schedule,  # pyright: ignore[reportArgumentType]  # it checks
+        warmup=warmup,
+        temperature=temperature,
+        hidden_weight=hidden_weight,
+        dtype=dtype,
+        attention=attention,  # pyright: ignore[reportArgumentType]  # JAX checks
+        seed=seed,
+        save_every=save_every,
+    )
+    figures = TextColumn("{task.fields[figures]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), figures, TimeRemainingColumn())
+    with Progress(*columns, console=stderr) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, figures="")
+            progress.update(tasks[stage], completed=done, total=total)
+
+        def on_step(line: Any) -> None:
+            if "Distilling" not in tasks:
+                tasks["Distilling"] = progress.add_task("Distilling", total=None, figures="")
+            shown = f"loss {line['loss']:.4f}  agreement {line['agreement']:.1%}  "
+            shown += f"{line['tokens_per_s']:,.0f} tokens/s"
+            progress.update(tasks["Distilling"], figures=shown)
+
+        run(LoadConfig(model=model), data, out, recipe, report, on_step)
+    stderr.print(Text(f"{out}/model is ready: arctic-jax generate --model {out}/model", "dim"))
+
+
+def evaluate(
+    engine: dict[str, Any],
+    teacher: Annotated[str | None, typer.Option(help="The model to compare with.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='Text to compare on: JSON lines of "messages" or "text".')
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row of it.")] = 2048,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
+    gsm8k: Annotated[
+        Path | None, typer.Option(help="Problems: JSON lines of question and answer.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many problems.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 400,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+) -> None:
+    """Compare a model with its teacher on text, or let the engine solve GSM8K, or both."""
+    from arctic_jax.config import LoadConfig
+    from arctic_jax.progress import bars
+    from arctic_jax.training import evaluate as evaluation
+
+    if (data is None) != (teacher is None) or (data is None and gsm8k is None):
+        raise ValueError("nothing to do: give --teacher and --data, or --gsm8k, or all three")
+    results: dict[str, Any] = {"model": engine["model"]}
+    if data is not None and teacher is not None:
+        load = LoadConfig(model=engine["model"], dtype=engine["dtype"])
+        other = LoadConfig(model=teacher, dtype=engine["dtype"])
+        with bars() as report:
+            found = evaluation.compare_on_text(load, other, data, max_length, batch_size, report)
+        results |= {"teacher": teacher, "text": found}
+    if gsm8k is not None:
+        results["gsm8k"] = evaluation.gsm8k(make_llm(engine), gsm8k, limit, max_tokens)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    stdout.print_json(json.dumps(results))
