@@ -1,0 +1,150 @@
+"""Verification: the named shapes that tests and benchmarks run, and the float64 formula.
+
+The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark. The
+formula draws one token after the other, as an engine without drafts does.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from arctic_jax.pallas_kernels.sampling import cases as sampling_cases
+from arctic_jax.pallas_kernels.sampling.cases import ADJUSTED, GREEDY, TOP_K_TOP_P, WARM, Params
+
+TOLERANCE = {"float32": 0.0}  # tokens, not numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """One request's rows: `length` drafted tokens, the first `likely` of which have high logits."""
+
+    params: Params
+    length: int = 0
+    likely: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Chains, one after the other; drafts repeat tokens where `vocab` allows it."""
+
+    name: str
+    tags: frozenset[str]
+    vocab: int
+    chains: tuple[Chain, ...]
+    dtype: str = "float32"
+    race_detection: bool = False  # it is the kernel of `sampling`, where this is looked for
+
+
+def _case(name: str, vocab: int, chains, tags: str = "ci") -> Case:
+    return Case(name, frozenset(tags.split()), vocab, tuple(chains))
+
+
+COUNTED = dataclasses.replace(ADJUSTED, temperature=0.0, frequency_penalty=1.5)
+BOOSTED = dataclasses.replace(COUNTED, repetition_penalty=0.7, presence_penalty=-1.0, state_row=1)
+RAGGED = (
+    Chain(GREEDY, 3, likely=3),
+    Chain(GREEDY),
+    Chain(WARM, 4, likely=2),
+    Chain(GREEDY, 2),
+    Chain(TOP_K_TOP_P, 1, likely=1),
+    Chain(ADJUSTED, 3, likely=3),
+    Chain(WARM),
+)
+DAMAGED = (
+    Chain(dataclasses.replace(GREEDY, damage=np.nan), 2, likely=2),
+    Chain(dataclasses.replace(COUNTED, damage=np.inf), 2, likely=2),
+    Chain(dataclasses.replace(COUNTED, repetition_penalty=1e30), 2, likely=2),
+    Chain(GREEDY, 2, likely=2),
+)
+
+CASES = (
+    _case("ragged", 1301, RAGGED),
+    _case("repeated_drafts", 12, [Chain(COUNTED, 8, likely=8), Chain(BOOSTED, 8, likely=8)]),
+    _case("damaged", 900, DAMAGED),
+    _case("no_drafts", 700, [Chain(WARM), Chain(COUNTED)]),
+    # Too slow for an interpreter: the kernel on a GPU, and XLA.
+    _case("llama_3", sampling_cases.LLAMA_3, RAGGED * 4, "gpu"),
+    # What the H200 is measured on.
+    *(
+        _case(f"{name}_b{requests}_k8", sampling_cases.LLAMA_3, chains * requests, "bench")
+        for requests in (1, 16)
+        for name, chains in (
+            ("greedy", [Chain(GREEDY, 8, likely=8)]),
+            ("everything", [Chain(ADJUSTED, 8, likely=8)]),
+        )
+    ),
+)
+
+
+def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tuple, dict]:
+    """Return the arguments of `op.verification`; for `poison` see `sampling`."""
+    rows = [chain.params for chain in case.chains for _ in range(1 + chain.length)]
+    plain = [dataclasses.replace(params, damage=None) for params in rows]
+    beneath = sampling_cases.Case(case.name, case.tags, case.vocab, tuple(plain))
+    arguments, _ = sampling_cases.inputs(beneath, seed, poison)
+    rng = np.random.default_rng(seed + 1)
+    logits = rng.normal(size=(len(rows), case.vocab)).astype(np.float32) * 3
+    seeds, step = rng.integers(-(2**31), 2**31, (len(rows), 2)), rng.integers(0, 1000, len(rows))
+    draft = np.full(len(rows), -1)
+    begin = 0
+    for chain in case.chains:
+        end = begin + 1 + chain.length
+        seeds[begin:end] = seeds[begin]
+        step[begin:end] = step[begin] + np.arange(1 + chain.length)
+        draft[begin : end - 1] = rng.integers(0, min(case.vocab, 50), chain.length)
+        likely = np.arange(begin, begin + chain.likely)
+        logits[likely, draft[likely]] += 14
+        if chain.params.damage is not None:
+            logits[end - 1, rng.integers(case.vocab)] = chain.params.damage
+        begin = end
+    arrays = (seeds, step, draft)
+    integers = (jnp.asarray(array, jnp.int32) for array in arrays)
+    longest = max(chain.length for chain in case.chains)
+    return (jnp.asarray(logits), *arguments[1:-2], *integers), {"max_draft_len": longest}
+
+
+def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens and whether the row is finite, NaN where anything will do."""
+    del keywords
+    logits, seen, *rest, draft = (np.asarray(a) for a in arguments)
+    tokens, finite = np.full(len(logits), -1.0), np.full(len(logits), np.nan)
+    alive, state, begin = True, seen, 0
+    one = sampling_cases.Case(case.name, case.tags, case.vocab, (Params(),))
+    for row in range(len(logits)):
+        if row == 0 or draft[row - 1] < 0:
+            alive, state, begin = True, seen.copy(), row
+        if not alive:
+            continue
+        bias, *vectors = rest
+        pick = [v[row : row + 1] for v in vectors]
+        drawn, good = sampling_cases.expected(one, (logits[row : row + 1], state, bias, *pick), {})
+        tokens[row], finite[row] = drawn[0], good[0]
+        if np.isnan(drawn[0]):  # what comes after it may be anything
+            end = row + int(np.argmax(draft[row:] < 0))
+            tokens[row + 1 : end + 1] = np.nan
+        alive = drawn[0] == draft[row]
+        if alive and vectors[0][begin] >= 0:
+            state[vectors[0][begin], draft[row]] += 1
+    return tokens, finite
+
+
+def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray, ...]:
+    """Return tokens and flags as float64; every token must be one, or -1."""
+    tokens, finite = (np.asarray(a).astype(np.float64) for a in output)
+    if ((tokens < -1) | (tokens >= case.vocab)).any():
+        raise AssertionError(f"{case.name}: {tokens=}")
+    return tokens, finite
+
+
+def following(arguments: tuple, output: tuple) -> tuple:
+    """Return `arguments` with a logit that depends on the output, so that calls wait in turn."""
+    logits = arguments[0].at[0, 0].set(-1e-3 * sum(x[0].astype(jnp.float32) for x in output))
+    return (logits, *arguments[1:])
+
+
+def cost(case: Case) -> tuple[float, float]:
+    """Return the bytes that must be read (logits, and the state of adjusted rows)."""
+    rows = sum(1 + chain.length for chain in case.chains)
+    adjusted = sum(1 + c.length for c in case.chains if c.params.state_row >= 0)
+    return 4.0 * case.vocab * (rows + 2 * adjusted), 0.0
