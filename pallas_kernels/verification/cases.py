@@ -40,8 +40,8 @@ def _case(name: str, vocab: int, chains, tags: str = "ci") -> Case:
     return Case(name, frozenset(tags.split()), vocab, tuple(chains))
 
 
-COUNTED = dataclasses.replace(ADJUSTED, temperature=0.0, frequency_penalty=1.5)
-BOOSTED = dataclasses.replace(COUNTED, repetition_penalty=0.7, presence_penalty=-1.0, state_row=1)
+COUNTED = dataclasses.replace(ADJUSTED, temperature=0.0, frequency_penalty=8.0)
+BOOSTED = dataclasses.replace(COUNTED, repetition_penalty=0.7, presence_penalty=4.0, state_row=1)
 RAGGED = (
     Chain(GREEDY, 3, likely=3),
     Chain(GREEDY),
@@ -60,7 +60,7 @@ DAMAGED = (
 
 CASES = (
     _case("ragged", 1301, RAGGED),
-    _case("repeated_drafts", 12, [Chain(COUNTED, 8, likely=8), Chain(BOOSTED, 8, likely=8)]),
+    _case("repeated_drafts", 12, [Chain(p, 5, likely=5) for p in (COUNTED, BOOSTED) * 3]),
     _case("damaged", 900, DAMAGED),
     _case("no_drafts", 700, [Chain(WARM), Chain(COUNTED)]),
     # Too slow for an interpreter: the kernel on a GPU, and XLA.
