@@ -29,6 +29,8 @@ class ScheduledRequest:
         num_tokens: how many.
         num_rows: the last so many of them have a row of logits.
         samples: the last known token is among them, so that a new one is drawn.
+        num_drafted: the last so many are drafted, to be verified.
+        num_accepted: how many of those turned out to be right.
     """
 
     request: Request
@@ -36,25 +38,49 @@ class ScheduledRequest:
     num_tokens: int
     num_rows: int
     samples: bool
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     @staticmethod
-    def plan(
-        request: Request, start: int, max_tokens: int, max_prompt_rows: int
-    ) -> ScheduledRequest:
-        """Take as many tokens from `start` on as the limits allow; perhaps none."""
+    def plan(request: Request, start: int, max_tokens: int, max_rows: int) -> ScheduledRequest:
+        """Take as many tokens from `start` on as the limits allow; perhaps none.
+
+        `max_rows` are those beyond one: for the prompt's log-probabilities, or for a draft.
+        """
         known = len(request.token_ids)
         end = min(start + max_tokens, known)
         samples = end == known
         first_row = end - samples
         if request.wants_prompt_rows:  # those that are not known from before a preemption
             first_row = max(start, min(len(request.prompt_logprobs) - 1, end))
-            if end - first_row > max_prompt_rows:
-                end, samples = first_row + max_prompt_rows, False
-        return ScheduledRequest(request, start, end - start, end - first_row, samples)
+            if end - first_row > max_rows:
+                end, samples = first_row + max_rows, False
+            return ScheduledRequest(request, start, end - start, end - first_row, samples)
+        drafted = 0
+        if request.draft and samples:
+            drafted = min(len(request.draft), start + max_tokens - end, max_rows)
+        return ScheduledRequest(
+            request, start, end - start + drafted, samples + drafted, samples, drafted
+        )
+
+    def without_draft(self) -> ScheduledRequest:
+        """Return it with the known tokens only."""
+        tokens, rows = self.num_tokens - self.num_drafted, self.num_rows - self.num_drafted
+        return ScheduledRequest(self.request, self.start, tokens, rows, self.samples)
+
+    @property
+    def num_draws(self) -> int:
+        """Rows that draw a token, the last ones."""
+        return self.samples + self.num_drafted
+
+    @property
+    def num_extra_rows(self) -> int:
+        """Rows beyond the one that every request may have."""
+        return self.num_rows - self.samples
 
     @property
     def end(self) -> int:
-        """Tokens in the cache after the step."""
+        """Tokens in the cache after the step, drafted ones included."""
         return self.start + self.num_tokens
 
 
@@ -88,7 +114,8 @@ class Bucket:
         num_tokens: T, tokens of the step.
         num_rows: R, rows of logits.
         num_seqs: S, sequences.
-        max_query_len: most tokens of one sequence; 1 for a decode step, where T == S == R.
+        max_query_len: most tokens of one sequence; 1 for a decode step, where T == S == R. Only
+            where R > S there may be drafts.
     """
 
     num_tokens: int
@@ -122,19 +149,25 @@ class Bucket:
 
 
 def bucket_ladder(
-    max_num_seqs: int, max_num_batched_tokens: int, max_prompt_rows: int, multiple: int
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_extra_rows: int,
+    multiple: int,
+    max_draft_len: int = 0,
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
     Decode steps come in a ladder of sequences, mixed steps in a ladder of tokens, and two shapes
-    have rows of logits for many tokens (prompt log-probabilities), if any.
+    have rows of logits for many tokens (prompt log-probabilities), if any. With drafts all mixed
+    steps come with many rows, too, and steps that only verify and decode have a ladder of tokens.
 
     Args:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens of the largest step.
-        max_prompt_rows: rows for prompt log-probabilities, beside one for each sequence; 0 for
-            a model that has none.
+        max_extra_rows: rows for prompt log-probabilities and drafts, beside one for each
+            sequence; 0 for an engine that has neither.
         multiple: token counts are multiples of this (devices that share the tokens).
+        max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
     """
 
     def up(n: int) -> int:
@@ -149,9 +182,14 @@ def bucket_ladder(
     seqs = max(decode)
     ladder = {Bucket(n, n, n, 1) for n in decode}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
-    if max_prompt_rows:
-        many = (up(max_prompt_rows), max(mixed))
-        ladder |= {Bucket(n, max_prompt_rows + seqs, seqs, n) for n in many}
+    if max_extra_rows:
+        many = mixed if max_draft_len else {max(mixed)}
+        many |= {up(max_extra_rows)}
+        ladder |= {Bucket(n, max_extra_rows + seqs, seqs, n) for n in many}
+    if max_draft_len:
+        most = min(max_num_seqs + max_extra_rows, max_num_batched_tokens)
+        verifying = {up(n) for n in _rungs(2, most, 64)}
+        ladder |= {Bucket(n, n, min(n - 1, seqs), 1 + max_draft_len) for n in verifying if n > 1}
     return tuple(sorted(ladder))
 
 
@@ -182,6 +220,7 @@ def _rungs(lowest: int, highest: int, between: int) -> list[int]:
         "row_seq",
         "row_target",
         "row_step",
+        "row_draft",
         "state_row",
         "temperature",
         "top_k",
@@ -212,6 +251,7 @@ class ForwardBatch:
         row_target: `[R]` the token whose log-probability is reported; -1 for the one drawn.
             Padding has target 0, so that its draws count for nobody.
         row_step: `[R]` how many tokens were drawn before: with `seed` it makes the random key.
+        row_draft: `[R]` the drafted token that the next row comes after; -1 for none.
         state_row: `[S]` row of the sampler's state, or -1 if logits are not adjusted.
         temperature: `[S]`, and so on for the other sampling parameters.
         seed: `[S, 2]` words of a 64-bit seed.
@@ -230,6 +270,7 @@ class ForwardBatch:
     row_seq: Array
     row_target: Array
     row_step: Array
+    row_draft: Array
     state_row: Array
     temperature: Array
     top_k: Array
@@ -345,7 +386,7 @@ class StepOutput:
     """What a step gives back, a row of logits each.
 
     Attributes:
-        token_ids: `[R]` the tokens drawn.
+        token_ids: `[R]` the tokens drawn; -1 for a row that comes after a rejected draft.
         finite: `[R]` whether the logits were finite numbers.
         logprob: `[R]` of the row's target (see `ForwardBatch.row_target`); 0 if none was wanted.
         rank: `[R]` of the target, 1 for the most likely token.

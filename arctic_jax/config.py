@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from arctic_jax.errors import UnsupportedModelError
+from arctic_jax.speculative_config import SpeculativeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -324,11 +325,13 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> EngineConfig:
         """Build from the flat names that `LLM(...)` and the command line use.
 
+        `speculative_config` is a dictionary or its JSON, see `SpeculativeConfig.from_user`.
         Options of vLLM's that have no counterpart because nothing depends on them are let pass.
 
         Raises:
@@ -337,7 +340,9 @@ class EngineConfig:
         """
         if keywords.get("seed", 0) is None:
             del keywords["seed"]
-        parts: dict[str, Any] = {}
+        parts: dict[str, Any] = {
+            "speculative": SpeculativeConfig.from_user(keywords.pop("speculative_config", None))
+        }
         for part, kind in _PARTS.items():
             names = [f.name for f in fields(kind)]
             parts[part] = kind(**{n: keywords.pop(n) for n in names if n in keywords})

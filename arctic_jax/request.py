@@ -257,6 +257,10 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    """Tokens that a proposer guessed and a step verified ..."""
+    num_accepted_tokens: int = 0
+    """... and those of them that are in the answer."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +299,8 @@ class Request:
 
     It has no phases: `num_computed_tokens` of `token_ids` are in the cache, and the scheduler lets
     it catch up. Preemption sets `num_computed_tokens` back to 0. The last `num_pending` entries of
-    `token_ids` are placeholders: tokens that the device is still drawing.
+    `token_ids` are placeholders: tokens that the device is still drawing, and before them drafted
+    ones that it verifies. `draft` is what a proposer thinks comes after the known tokens.
     """
 
     request_id: str
@@ -315,6 +320,7 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_pending: int = 0
+    draft: Sequence[int] = ()
     num_published_blocks: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -326,6 +332,8 @@ class Request:
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
@@ -351,10 +359,12 @@ class Request:
         """Output tokens, those that are still being drawn included."""
         return len(self.output_token_ids) + self.num_pending
 
-    def expect_token(self) -> None:
-        """Make room for a token that the device will draw."""
+    def expect_token(self, num_drafted: int = 0) -> None:
+        """Make room for a token that the device will draw, after verifying so many of `draft`."""
+        self.token_ids.extend(self.draft[:num_drafted])
         self.token_ids.append(0)
-        self.num_pending += 1
+        self.num_pending += num_drafted + 1
+        self.draft = ()
 
     def take_token(self, token: int) -> None:
         """Put a drawn token in the place of the first placeholder."""
@@ -362,13 +372,45 @@ class Request:
         self.token_ids[-self.num_pending] = token
         self.num_pending -= 1
 
+    def known_tail(self, count: int) -> list[int]:
+        """Return the last `count` known tokens, or all if there are fewer."""
+        known = len(self.token_ids) - self.num_pending
+        return self.token_ids[max(known - count, 0) : known]
+
+    def drop_pending(self) -> None:
+        """Take back the placeholders for which no token came: drafts that were wrong.
+
+        Their keys and values are in the cache and will be written over.
+        """
+        del self.token_ids[len(self.token_ids) - self.num_pending :]
+        self.num_pending = 0
+        self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
+
+    @property
+    def max_draft_len(self) -> int:
+        """Most tokens after the known ones that may be drafted, whoever drafts them.
+
+        The step draws one more, and the answer has no room for more than `max_tokens`. What
+        `SamplerRows` forbids must be the same for all rows of a step.
+        """
+        count = len(self.output_token_ids)
+        if self.bad_words_ids:
+            return 0
+        same = self.params.min_tokens if count < self.params.min_tokens else self.max_tokens
+        return min(same, self.max_tokens) - count - 1
+
+    @property
+    def verifies(self) -> bool:
+        """Whether a draft of it is on the device: where its tokens end is not known before."""
+        return self.num_pending > 1
+
     @property
     def waits_for_tokens(self) -> bool:
         """Whether what comes next cannot be computed before the pending tokens are known."""
         if not self.num_pending:
             return False
         host_decides = self.params.bad_words or self.params.min_tokens
-        return bool(host_decides) or self.all_drawn
+        return bool(host_decides or self.draft) or self.verifies or self.all_drawn
 
     @property
     def all_drawn(self) -> bool:

@@ -1,6 +1,6 @@
 """The engine: requests in, steps, outputs out. Everything here belongs to one thread.
 
-`EngineCore.step` is the architecture: schedule, launch, accept, release.
+`EngineCore.step` is the architecture: schedule, launch, accept, release, propose.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
 from arctic_jax.request import Request, RequestOutput, RequestStatus, SamplingParams
+from arctic_jax.spec_decode.proposer import SpeculationStats, build_proposer
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,10 @@ class EngineCore:
                 self.runner.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching
             ),
             limits,
-            self.runner.max_prompt_rows,
+            self.runner.max_extra_rows,
             by_priority=config.scheduler.scheduling_policy == "priority",
         )
+        self.proposer = build_proposer(config.speculative)
         self.outputs = OutputProcessor(self.tokenizer)
         self.step_log = StepLog(config.scheduler.step_log, replica)
         self._replica = replica
@@ -134,7 +136,8 @@ class EngineCore:
         """Launch a step, then take the results of the one before; return what changed.
 
         So the host works on one step while the device computes the next. What ends with the step
-        before is found out after the next was launched with it: that result is discarded.
+        before is found out after the next was launched with it: that result is discarded. Requests
+        with drafts sit every other step out, so that their drafts come after all their tokens.
         """
         scheduled = self.scheduler.schedule()
         step, self._in_flight = self._in_flight, None
@@ -163,6 +166,7 @@ class EngineCore:
         for request, status in self.outputs.accept(step.scheduled, output, self._group_of):
             changed[self._group_of[request]] = None
             self._finish(request, status)
+        self.proposer.propose(step.scheduled)
         return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -184,6 +188,11 @@ class EngineCore:
     def step_logs(self) -> list[StepLog]:
         """One an engine; here one."""
         return [self.step_log]
+
+    @property
+    def speculation_stats(self) -> list[SpeculationStats]:
+        """What came of drafts: one an engine; here one."""
+        return [self.proposer.stats]
 
     def reset_prefix_cache(self) -> None:
         """Forget the cached prefixes."""
@@ -210,6 +219,7 @@ class EngineCore:
     def _finish(self, request: Request, status: RequestStatus) -> None:
         self.scheduler.finish(request, status)
         self.runner.forget(request)
+        self.proposer.finish(request)
         del self._group_of[request]
 
     def _output(self, group: RequestGroup) -> RequestOutput:

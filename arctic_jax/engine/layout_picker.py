@@ -50,8 +50,12 @@ class LayoutPicker:
 def _serving(ladder: Sequence[Bucket], fewest: int, most: int | None) -> tuple[Bucket, ...]:
     """Return the shapes that steps of `fewest` to `most` tokens fit best; all above for `None`."""
     kinds: dict[int, list[Bucket]] = {}
-    for bucket in ladder:  # those of decode steps, of mixed steps, of steps with many rows
-        kinds.setdefault(0 if bucket.max_query_len == 1 else bucket.num_rows, []).append(bucket)
+    for (
+        bucket
+    ) in ladder:  # of decode and verification steps, of mixed ones, of those with many rows
+        has_all_rows = bucket.num_rows == bucket.num_tokens
+        kind = -bucket.max_query_len if has_all_rows else bucket.num_rows
+        kinds.setdefault(kind, []).append(bucket)
     kept = []
     for rungs in kinds.values():
         below = 0

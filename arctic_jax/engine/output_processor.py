@@ -91,24 +91,38 @@ class OutputProcessor:
         self, part: ScheduledRequest, rows: range, output: HostOutput, group: RequestGroup
     ) -> RequestStatus | None:
         request = part.request
-        for row in rows:
+        rows = [row for row in rows if output.token_ids[row] >= 0]  # others follow wrong drafts
+        first_position = part.end - part.num_rows
+        for i, row in enumerate(rows):
             if not output.finite[row]:
-                position = part.end - (rows.stop - row)
                 request.error = (
-                    f"the logits at position {position} are not finite numbers, or the request's "
-                    "parameters allow no token there"
+                    f"the logits at position {first_position + i} are not finite numbers, or the "
+                    "request's parameters allow no token there"
                 )
                 return RequestStatus.FAILED
-        prompt_rows = rows[: len(rows) - part.samples]
+        prompt_rows = rows[: part.num_rows - part.num_draws]
         if request.wants_prompt_rows:
-            first = part.end - len(rows) + 1
-            for i, row in enumerate(prompt_rows):
-                token = request.prompt_token_ids[first + i]
+            for i, row in enumerate(prompt_rows, first_position + 1):
+                token = request.prompt_token_ids[i]
                 wanted = request.params.prompt_logprobs or 0
                 request.prompt_logprobs.append(self._logprobs(output, row, token, wanted))
-        if not part.samples:
-            return None
-        return self._take_token(request, rows[-1], output, group)
+        return self._take_draws(part, rows[len(prompt_rows) :], output, group)
+
+    def _take_draws(
+        self, part: ScheduledRequest, rows: list[int], output: HostOutput, group: RequestGroup
+    ) -> RequestStatus | None:
+        """Append the tokens of rows up to where the request ends; the last was not drafted."""
+        request, status, known = part.request, None, len(part.request.output_token_ids)
+        for row in rows:
+            status = self._take_token(request, row, output, group)
+            if status is not None:
+                break
+        if part.num_drafted:
+            part.num_accepted = len(request.output_token_ids) - known - 1
+            request.num_drafted_tokens += part.num_drafted
+            request.num_accepted_tokens += part.num_accepted
+            request.drop_pending()
+        return status
 
     def _take_token(
         self, request: Request, row: int, output: HostOutput, group: RequestGroup
@@ -173,6 +187,8 @@ class OutputProcessor:
                 last_token_time=first.last_token_time,
                 finished_time=time.monotonic() if group.finished else None,
                 num_preemptions=sum(m.num_preemptions for m in group.members),
+                num_drafted_tokens=sum(m.num_drafted_tokens for m in group.members),
+                num_accepted_tokens=sum(m.num_accepted_tokens for m in group.members),
             ),
         )
 

@@ -70,7 +70,7 @@ class StepPacker:
         views["token_ids"][:T] = _token_ids(parts)
         views["token_source"][:] = -1
         for part, end in zip(parts, seq_ends.tolist(), strict=True):
-            if part.request.num_pending > part.samples:  # the step before still draws the last one
+            if part.request.num_pending > part.num_draws:  # the step before draws the last one
                 views["token_source"][end - 1] = self._row_of[part.request]
         views["positions"][:T] = positions
         views["slot_mapping"][T:] = -1
@@ -86,16 +86,16 @@ class StepPacker:
         views["logit_rows"][:R] = np.arange(R) + (seq_ends - row_ends)[row_seq]
         views["logit_rows"][R:] = -1
         views["row_seq"][:R] = row_seq
-        steps = [part.request.num_drawn - part.samples for part in parts]
-        views["row_step"][:R] = np.array(steps)[row_seq]
+        steps = np.array([part.request.num_drawn - part.num_rows for part in parts])
+        views["row_step"][:R] = np.arange(R) + (steps - row_ends + rows)[row_seq]
         views["row_target"][:R] = -1
+        views["row_draft"][:] = -1
         for part, end in zip(parts, row_ends.tolist(), strict=True):
-            if part.num_rows > part.samples:  # those before the last predict tokens of the prompt
-                last = end - part.samples
-                known = part.request.token_ids[part.end - part.num_rows + 1 :]
-                views["row_target"][end - part.num_rows : last] = known[
-                    : part.num_rows - part.samples
-                ]
+            if part.num_extra_rows:  # each is followed by a token that it predicts or verifies
+                after = part.request.token_ids[part.end - part.num_rows + 1 :]
+                name = "row_draft" if part.num_drafted else "row_target"
+                rows_before_last = slice(end - part.num_rows, end - part.samples)
+                views[name][rows_before_last] = after[: part.num_extra_rows]
         for name, values in self._sampling.items():
             views[name][:n] = values[slots]
         views["state_row"][n:] = -1

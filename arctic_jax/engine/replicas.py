@@ -18,6 +18,7 @@ from arctic_jax.engine.step_log import StepLog
 from arctic_jax.loading.model_files import open_model
 from arctic_jax.progress import Report, silent
 from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.spec_decode.proposer import SpeculationStats
 
 
 class ReplicatedEngine:
@@ -103,6 +104,11 @@ class ReplicatedEngine:
     def step_logs(self) -> list[StepLog]:
         """One an engine."""
         return [engine.step_log for engine in self.engines]
+
+    @property
+    def speculation_stats(self) -> list[SpeculationStats]:
+        """What came of drafts: one an engine."""
+        return [engine.proposer.stats for engine in self.engines]
 
     def default_sampling_params(self) -> SamplingParams:
         """Return the model's own defaults, from its `generation_config.json`."""

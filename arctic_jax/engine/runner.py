@@ -52,7 +52,7 @@ from arctic_jax.weights import Checkpoint, ParameterSpec
 
 logger = logging.getLogger(__name__)
 
-MAX_PROMPT_ROWS = 256
+MAX_EXTRA_ROWS = 256  # of a step, for prompt log-probabilities or drafts
 MAX_PROCESSES = 8  # that lower programs
 
 _cpu_collectives = threading.Lock()
@@ -116,10 +116,17 @@ class ModelRunner:
         max_tokens = limits.max_num_batched_tokens
         # Where only the rows that need logits reach the upper layers, a prompt's rows stay few.
         has_all_rows = model_config.num_lower_layers == model_config.num_hidden_layers
-        self.max_prompt_rows = min(MAX_PROMPT_ROWS, max_tokens) if has_all_rows else 0
+        most_rows = min(MAX_EXTRA_ROWS, max_tokens)
+        self.max_prompt_rows = most_rows if has_all_rows else 0
+        max_draft_len = config.speculative.max_draft_len
+        self.max_extra_rows = most_rows if max_draft_len else self.max_prompt_rows
         self._ladders = {
             layout: bucket_ladder(
-                self.max_num_seqs, max_tokens, self.max_prompt_rows, sp if layout.tokens else 1
+                self.max_num_seqs,
+                max_tokens,
+                self.max_extra_rows,
+                sp if layout.tokens else 1,
+                max_draft_len,
             )
             for layout in self.layouts
         }
@@ -153,6 +160,7 @@ class ModelRunner:
             self.max_num_seqs,
             max_rows,
             config.scheduler.max_logprobs,
+            max_draft_len,
         )
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
         self.programs = ProgramCache(

@@ -1,7 +1,7 @@
 """From logits to tokens. Pure; runs inside the step program.
 
-The work is that of two operations, `pallas_kernels.sampling` and `pallas_kernels.logprobs`; here
-they get each row's parameters, and what was drawn is counted. A request's text does not depend on
+The work is that of two operations, `pallas_kernels.verification` (which draws by
+`pallas_kernels.sampling`) and `pallas_kernels.logprobs`; here they get each row's parameters, and what was drawn is counted. A request's text does not depend on
 what else is in the batch.
 """
 
@@ -16,8 +16,8 @@ from jax import Array
 
 from arctic_jax.batch import ForwardBatch, StepOutput
 from arctic_jax.pallas_kernels.logprobs import logprobs
-from arctic_jax.pallas_kernels.sampling import sampling
 from arctic_jax.pallas_kernels.sampling.reference import IN_PROMPT as IN_PROMPT
+from arctic_jax.pallas_kernels.verification import verification
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["seen", "bias"], meta_fields=[])
@@ -57,18 +57,19 @@ def sample(
     batch: ForwardBatch,
     state: SamplerState,
     max_logprobs: int,
+    max_draft_len: int = 0,
     implementation: str | None = None,
 ) -> tuple[StepOutput, SamplerState]:
     """Draw a token for each row of `logits [R, vocab]` (float32), and report log-probabilities.
 
-    Log-probabilities are those of the model, before penalties, temperature and the rest. For
-    `implementation` see `dispatch.resolve`.
+    Log-probabilities are those of the model, before penalties, temperature and the rest. Rows may
+    verify drafts of at most `max_draft_len` tokens. For `implementation` see `dispatch.resolve`.
     """
     seq = batch.row_seq
     # Rows of prompt positions and of padding draw for nobody, so they take the likeliest.
     draws = batch.row_target < 0
     state_row = jnp.where(draws, batch.state_row[seq], -1)
-    tokens, finite = sampling(
+    tokens, finite = verification(
         logits,
         state.seen,
         state.bias,
@@ -82,12 +83,14 @@ def sample(
         batch.top_p[seq],
         batch.seed[seq],
         batch.row_step,
+        batch.row_draft,
+        max_draft_len=max_draft_len,
         implementation=implementation,
     )
-    # Rows without state fall outside and are dropped.
-    counted = jnp.where(state_row >= 0, state_row, state.seen.shape[0])
+    # Rows without state, and those after a rejected draft, fall outside and are dropped.
+    counted = jnp.where((state_row >= 0) & (tokens >= 0), state_row, state.seen.shape[0])
     seen = state.seen.at[counted, tokens].add(1, mode="drop")
-    target = jnp.where(draws, tokens, batch.row_target)
+    target = jnp.where(draws, jnp.maximum(tokens, 0), batch.row_target)
     report = logprobs(
         logits, target, batch.want_logprobs, top=max_logprobs, implementation=implementation
     )

@@ -25,7 +25,7 @@ class Scheduler:
     Args:
         pool: the cache's blocks.
         limits: of a step.
-        max_prompt_rows: rows of logits for prompt log-probabilities of one step.
+        max_extra_rows: rows of logits of one step for prompt log-probabilities and drafts.
         by_priority: lower `Request.priority` goes first; else first come, first served.
     """
 
@@ -33,12 +33,12 @@ class Scheduler:
         self,
         pool: BlockPool,
         limits: StepLimits,
-        max_prompt_rows: int,
+        max_extra_rows: int,
         by_priority: bool = False,
     ) -> None:
         self.pool = pool
         self.limits = limits
-        self.max_prompt_rows = max_prompt_rows
+        self.max_extra_rows = max_extra_rows
         self.by_priority = by_priority
         # Both in the order in which requests are served; victims are taken from the end.
         self.running: list[Request] = []
@@ -81,9 +81,11 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's tokens and allocate their blocks; empty if there are none."""
         chosen: list[ScheduledRequest] = []
-        tokens, rows = self.limits.max_num_batched_tokens, self.max_prompt_rows
+        tokens, rows = self.limits.max_num_batched_tokens, self.max_extra_rows
         streams = sum(r.is_streaming for r in self.running)
         prefill = max(self.limits.max_num_mixed_tokens - streams, 1) if streams else tokens
+        # Those with drafts wait for each other, and so share their steps from then on.
+        verifying = any(r.verifies for r in self.running)
         preempted = False
 
         i = 0
@@ -93,9 +95,11 @@ class Scheduler:
             most = tokens if missing == 1 else min(tokens, prefill)
             part = ScheduledRequest.plan(request, request.num_computed_tokens, most, rows)
             # Without tokens: none, or no rows, are left for its prompt.
-            if part.num_tokens < 1 or request.waits_for_tokens:
+            if part.num_tokens < 1 or request.waits_for_tokens or (verifying and request.draft):
                 i += 1
                 continue
+            if part.num_drafted and not self._extend(request, part.end):
+                part = part.without_draft()  # nobody is preempted for a guess
             while not self._extend(request, part.end):
                 preempted = True
                 victim = self.running[-1]
@@ -106,7 +110,7 @@ class Scheduler:
                 self._choose(part, chosen)
                 tokens -= part.num_tokens
                 prefill -= part.num_tokens if missing > 1 else 0
-                rows -= part.num_rows if request.wants_prompt_rows else 0
+                rows -= part.num_extra_rows
                 i += 1
 
         # After a preemption memory is short: taking somebody new in would only preempt again.
@@ -124,7 +128,7 @@ class Scheduler:
             room -= 1
             tokens -= part.num_tokens
             prefill -= part.num_tokens
-            rows -= part.num_rows if request.wants_prompt_rows else 0
+            rows -= part.num_extra_rows
 
         return ScheduledBatch(tuple(chosen))
 
@@ -173,6 +177,7 @@ class Scheduler:
         """Send a running request back to wait; it will compute all its tokens again."""
         self.running.remove(request)
         self._detach(request)
+        request.draft = ()
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         self._enqueue(self.waiting, request)
@@ -196,7 +201,7 @@ class Scheduler:
         request, size = part.request, self.pool.block_size
         request.num_computed_tokens = part.end
         if part.samples:
-            request.expect_token()
+            request.expect_token(part.num_drafted)
         known = min(part.end, len(request.token_ids) - request.num_pending)
         full = known // size
         if full == request.num_published_blocks:

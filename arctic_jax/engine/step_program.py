@@ -63,6 +63,7 @@ class StepProgram:
         max_num_seqs: rows of the sampler's state.
         max_rows: of `output`.
         max_logprobs: most likely tokens in it.
+        max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
     """
 
     model_class: type[LlamaForCausalLM]
@@ -75,6 +76,7 @@ class StepProgram:
     max_num_seqs: int
     max_rows: int
     max_logprobs: int
+    max_draft_len: int = 0
 
     def lower(self, step: Step, mesh: Mesh) -> jax.stages.Lowered:
         """Trace and lower a step for the devices of `mesh`."""
@@ -144,6 +146,7 @@ class StepProgram:
 
     def _function(self, step: Step, mesh: Mesh) -> Any:
         layout, bucket, _ = step
+        max_draft_len = self.max_draft_len if bucket.num_rows > bucket.num_seqs else 0
         tree = jax.tree.structure(self._model())
 
         def run(
@@ -157,7 +160,7 @@ class StepProgram:
             batch = dataclasses.replace(batch, token_ids=token_ids)
             logits, cache = model(batch, cache, layout)
             output, state = sampler.sample(
-                logits, batch, state, self.max_logprobs, model.implementation
+                logits, batch, state, self.max_logprobs, max_draft_len, model.implementation
             )
             # An update in place of `before` makes XLA's CPU compiler crash on several devices.
             rows = jnp.pad(output.pack(), ((0, self.max_rows - bucket.num_rows), (0, 0)))

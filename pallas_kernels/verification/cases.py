@@ -60,7 +60,7 @@ DAMAGED = (
 
 CASES = (
     _case("ragged", 1301, RAGGED),
-    _case("repeated_drafts", 12, [Chain(p, 5, likely=5) for p in (COUNTED, BOOSTED) * 3]),
+    _case("repeated_drafts", 12, [Chain(p, 5, likely=5) for p in (COUNTED, BOOSTED) * 8]),
     _case("damaged", 900, DAMAGED),
     _case("no_drafts", 700, [Chain(WARM), Chain(COUNTED)]),
     # Too slow for an interpreter: the kernel on a GPU, and XLA.

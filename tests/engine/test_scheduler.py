@@ -91,7 +91,7 @@ def check(scheduler: Scheduler, scheduled: ScheduledBatch) -> None:
     assert scheduled.num_tokens <= scheduler.limits.max_num_batched_tokens
     assert len(scheduler.running) <= scheduler.limits.max_num_seqs
     prompt_rows = sum(p.num_rows for p in scheduled.requests if p.request.wants_prompt_rows)
-    assert prompt_rows <= scheduler.max_prompt_rows + len(scheduled.requests)
+    assert prompt_rows <= scheduler.max_extra_rows + len(scheduled.requests)
     slots = [request.slot for request in scheduler.running]
     assert len(set(slots)) == len(slots)
     assert all(0 <= slot < scheduler.limits.max_num_seqs for slot in slots)
@@ -111,7 +111,7 @@ def check(scheduler: Scheduler, scheduled: ScheduledBatch) -> None:
             assert writers.setdefault(block, request) is request, "two write to one block"
     if scheduled.requests:
         limits = (scheduler.limits.max_num_seqs, scheduler.limits.max_num_batched_tokens)
-        ladder = bucket_ladder(*limits, scheduler.max_prompt_rows, multiple=1)
+        ladder = bucket_ladder(*limits, scheduler.max_extra_rows, multiple=1)
         assert Bucket.fit(scheduled, ladder).fits(scheduled)
 
 

@@ -1,0 +1,199 @@
+"""Who proposes drafts to the engine, and when. Host only, no jax; owned by the engine thread.
+
+A new way to draft is a class with this protocol and a row in `build_proposer`; those that need no
+device derive from `HostProposer` and say only what comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from arctic_jax.request import Request, RequestStatus
+from arctic_jax.spec_decode.acceptance import Acceptance
+from arctic_jax.speculative_config import SpeculativeConfig
+
+if TYPE_CHECKING:  # it imports jax, which this package does without
+    from arctic_jax.batch import ScheduledBatch
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that may come next, and how probable each is if those before it do come."""
+
+    token_ids: Sequence[int] = ()
+    probs: Sequence[float] = ()
+
+
+@dataclass
+class SpeculationStats:
+    """What came of an engine's drafts.
+
+    Attributes:
+        num_drafts: steps of a request that verified a draft.
+        drafted: `[max_draft_len]` tokens verified at each position of a draft.
+        accepted: `[max_draft_len]` those of them that were right, with all before them.
+    """
+
+    num_drafts: int
+    drafted: np.ndarray
+    accepted: np.ndarray
+
+    @staticmethod
+    def zeros(max_draft_len: int) -> SpeculationStats:
+        """Make those of an engine that has not drafted yet."""
+        return SpeculationStats(0, np.zeros(max_draft_len, int), np.zeros(max_draft_len, int))
+
+    def add(self, num_drafted: int, num_accepted: int) -> None:
+        """Count one draft."""
+        self.num_drafts += 1
+        self.drafted[:num_drafted] += 1
+        self.accepted[:num_accepted] += 1
+
+
+class Proposer(Protocol):
+    """Gives requests drafts after each step."""
+
+    stats: SpeculationStats
+
+    def propose(self, scheduled: ScheduledBatch) -> None:
+        """Set `Request.draft` of the requests of a step whose results were taken.
+
+        A draft comes after the known tokens. Those that are still being drawn are not known: such
+        a draft makes the request wait for them, and is then replaced by a new one.
+        """
+        ...
+
+    def finish(self, request: Request) -> None:
+        """Drop what is remembered of an ended request, which may never have been proposed for."""
+        ...
+
+
+class NoProposer:
+    """Proposes nothing."""
+
+    def __init__(self) -> None:
+        self.stats = SpeculationStats.zeros(0)
+
+    def propose(self, scheduled: ScheduledBatch) -> None:
+        """See `Proposer`."""
+
+    def finish(self, request: Request) -> None:
+        """See `Proposer`."""
+
+
+@dataclass
+class _Progress:
+    """One request: how many output tokens were observed, and what its drafts are worth."""
+
+    acceptance: Acceptance
+    num_observed: int = 0
+    probs: Sequence[float] = field(default=())
+
+
+class HostProposer:
+    """Drafts on the host from known tokens; its subclasses say how.
+
+    Args:
+        config: lengths, cut-offs, and whether drafts follow their success.
+    """
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self.config = config
+        self.stats = SpeculationStats.zeros(config.max_draft_len)
+        self._progress: dict[Request, _Progress] = {}  # in the order of their first steps
+
+    def start(self, request: Request) -> None:
+        """Get to know a request, of which only the prompt is told."""
+        raise NotImplementedError
+
+    def observe(self, tokens: Mapping[Request, Sequence[int]]) -> None:
+        """Get to know the new output tokens of requests."""
+        raise NotImplementedError
+
+    def drafts(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[Draft]:
+        """Draft for requests that were started and observed, each at most its limit of tokens."""
+        raise NotImplementedError
+
+    def stop(self, request: Request) -> None:
+        """Forget a request that was started."""
+        raise NotImplementedError
+
+    def propose(self, scheduled: ScheduledBatch) -> None:
+        """See `Proposer`."""
+        for part in scheduled.requests:
+            if part.num_drafted:
+                self.stats.add(part.num_drafted, part.num_accepted)
+                if part.request in self._progress:
+                    self._learn(part.request, part.num_drafted, part.num_accepted)
+        going_on = [p.request for p in scheduled.requests if not p.request.status.finished]
+        requests = [request for request in going_on if request.output_token_ids]
+        self._observe(requests)
+        running = [request for request in requests if request.status is RequestStatus.RUNNING]
+        limits = {request: self._limit(request) for request in self._within_cut_offs(running)}
+        drafting = [request for request, limit in limits.items() if limit > 0]
+        for request in running:
+            request.draft = ()
+        drafts = self.drafts(drafting, [limits[request] for request in drafting])
+        for request, draft in zip(drafting, drafts, strict=True):
+            self._keep_if_worth(request, draft)
+
+    def finish(self, request: Request) -> None:
+        """See `Proposer`."""
+        if self._progress.pop(request, None) is not None:
+            self.stop(request)
+
+    def _learn(self, request: Request, num_drafted: int, num_accepted: int) -> None:
+        progress = self._progress[request]
+        if self.config.adaptive:
+            expected = sum(progress.probs[:num_drafted])
+            progress.acceptance.verified(num_drafted, expected, num_accepted)
+
+    def _observe(self, requests: Sequence[Request]) -> None:
+        new = {}
+        for request in requests:
+            if request not in self._progress:
+                self._progress[request] = _Progress(Acceptance(self.config.max_draft_len))
+                self.start(request)
+            progress, output = self._progress[request], request.output_token_ids
+            if progress.num_observed < len(output):
+                new[request] = output[progress.num_observed :]
+                progress.num_observed = len(output)
+        self.observe(new)
+
+    def _within_cut_offs(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """Keep those that may draft: none in large batches, the longest known in medium ones."""
+        size, hard = len(self._progress), self.config.hard_disable_by_batch_size
+        if hard is not None and size >= hard:
+            return []
+        if size <= self.config.disable_by_batch_size:
+            return requests
+        first = set(list(self._progress)[: self.config.disable_by_batch_size])
+        return [request for request in requests if request in first]
+
+    def _limit(self, request: Request) -> int:
+        return min(self._progress[request].acceptance.length, request.max_draft_len)
+
+    def _keep_if_worth(self, request: Request, draft: Draft) -> None:
+        progress = self._progress[request]
+        # What is being drawn already comes without a draft.
+        gain = sum(draft.probs[request.num_pending :])
+        if not draft.token_ids or (self.config.adaptive and not progress.acceptance.allows(gain)):
+            return
+        request.draft, progress.probs = draft.token_ids, draft.probs
+
+
+def build_proposer(config: SpeculativeConfig) -> Proposer:
+    """Make the proposer that a user asked for; the only place that reads the method."""
+    if config.kind == "suffix":
+        from arctic_jax.spec_decode.suffix_proposer import SuffixProposer  # it loads numba
+
+        return SuffixProposer(config)
+    if config.kind == "ngram":
+        from arctic_jax.spec_decode.ngram_proposer import NgramProposer
+
+        return NgramProposer(config)
+    return NoProposer()
