@@ -1,8 +1,8 @@
 """From logits to tokens. Pure; runs inside the step program.
 
 The work is that of two operations, `pallas_kernels.verification` (which draws by
-`pallas_kernels.sampling`) and `pallas_kernels.logprobs`; here they get each row's parameters, and what was drawn is counted. A request's text does not depend on
-what else is in the batch.
+`pallas_kernels.sampling`) and `pallas_kernels.logprobs`; here they get each row's parameters, and
+what was drawn is counted. A request's text does not depend on what else is in the batch.
 """
 
 from __future__ import annotations

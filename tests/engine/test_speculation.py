@@ -1,0 +1,359 @@
+"""Speculation in the engine: drafts change how many steps an answer takes, and nothing else."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from swiftkv_model import swiftkv_config, swiftkv_tensors
+from tiny_engine import GREEDY, make_engine, run
+
+from arctic_jax.engine.core import EngineCore
+from arctic_jax.request import CompletionOutput, Request, SamplingParams
+from arctic_jax.spec_decode.proposer import Draft, HostProposer, NoProposer
+from arctic_jax.speculative_config import SpeculativeConfig
+
+K = 3
+CONFIG = SpeculativeConfig("ngram", num_speculative_tokens=K, adaptive=False)
+
+
+class Replay(HostProposer):
+    """Drafts each token rightly with a given probability, from answers that are known.
+
+    Args:
+        answers: to a request: its output tokens without speculation.
+        rate: of right tokens.
+        seed: of the wrong ones, and of the lengths of drafts.
+    """
+
+    def __init__(
+        self, answers: Callable[[Request], Sequence[int]], rate: float, seed: int = 0
+    ) -> None:
+        super().__init__(CONFIG)
+        self.answers, self.rate = answers, rate
+        self.rng = np.random.default_rng(seed)
+
+    def start(self, request: Request) -> None:
+        pass
+
+    def observe(self, tokens: Mapping[Request, Sequence[int]]) -> None:
+        pass
+
+    def stop(self, request: Request) -> None:
+        pass
+
+    def drafts(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[Draft]:
+        return [self.draft(r, limit) for r, limit in zip(requests, limits, strict=True)]
+
+    def draft(self, request: Request, limit: int) -> Draft:
+        begin = len(request.output_token_ids)
+        tokens = [int(t) for t in self.answers(request)[begin : begin + limit]]
+        if self.rate < 1:
+            tokens = tokens[: self.rng.integers(0, limit, endpoint=True)]
+        right = self.rng.random(len(tokens)) < self.rate
+        wrong = self.rng.integers(0, 97, len(tokens))
+        tokens = [t if ok else int(w) for t, ok, w in zip(tokens, right, wrong, strict=True)]
+        return Draft(tokens, [1.0] * len(tokens))
+
+
+def speculative_engine(*arguments: Any, **options: Any) -> EngineCore:
+    config = {"method": "ngram", "num_speculative_tokens": K}
+    return make_engine(*arguments, speculative_config=config, **options)
+
+
+@pytest.fixture(scope="module")
+def engine() -> EngineCore:
+    return speculative_engine()
+
+
+@pytest.fixture(scope="module")
+def cramped_engine() -> EngineCore:
+    """Prompts come in chunks of a few tokens, and requests preempt each other all the time."""
+    return speculative_engine(num_blocks=26, max_num_batched_tokens=12, max_num_mixed_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def swiftkv_engine() -> EngineCore:
+    config = swiftkv_config(2, 2, 4)
+    return speculative_engine(config, swiftkv_tensors(config), num_blocks=26)
+
+
+@pytest.fixture(scope="module")
+def two_layouts() -> EngineCore:
+    if jax.device_count() < 4:
+        pytest.skip(f"{jax.device_count()} devices")
+    return speculative_engine(
+        tensor_parallel_size=2, ulysses_sequence_parallel_size=2, shift_parallel_threshold=6
+    )
+
+
+def generate(
+    engine: EngineCore,
+    requests: Sequence[tuple[list[int], SamplingParams]],
+    proposer: HostProposer | NoProposer | None = None,
+    arrivals: Sequence[int] | None = None,
+) -> list[CompletionOutput]:
+    """The answers, with all drafts from one proposer; no block is ever leaked."""
+    engine.proposer = proposer or NoProposer()
+    waiting = dict(enumerate(requests))
+    arrivals = arrivals or [0] * len(requests)
+    done, step = {}, 0
+    while waiting or engine.has_requests:
+        for i in [i for i in waiting if arrivals[i] <= step]:
+            engine.add_request(str(i), *waiting.pop(i), cache_salt=str(id(proposer)))
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output.outputs[0]
+        engine.check()
+        step += 1
+        assert step < 3000
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
+    return [done[str(i)] for i in range(len(requests))]
+
+
+def replay(plain: Sequence[CompletionOutput], rate: float, seed: int = 0) -> Replay:
+    return Replay(lambda request: plain[int(request.request_id)].token_ids, rate, seed)
+
+
+def assert_equal(actual: CompletionOutput, plain: CompletionOutput) -> None:
+    for name in ("token_ids", "text", "finish_reason", "stop_reason", "error"):
+        assert getattr(actual, name) == getattr(plain, name), name
+    for entries, others in zip(actual.logprobs or (), plain.logprobs or (), strict=True):
+        assert entries.keys() == others.keys()
+        for token, entry in entries.items():
+            assert entry.logprob == pytest.approx(others[token].logprob, abs=2e-4)
+
+
+BEGINNINGS = [[int(t) for t in np.random.default_rng(i).integers(0, 97, 24)] for i in range(3)]
+PROMPTS = st.tuples(
+    st.integers(0, 2),
+    st.integers(0, 24),
+    st.lists(st.integers(0, 96), min_size=1, max_size=30),
+).map(lambda parts: BEGINNINGS[parts[0]][: parts[1]] + parts[2])
+PARAMS = st.fixed_dictionaries(
+    {"max_tokens": st.integers(1, 16) | st.none()},
+    optional={
+        "temperature": st.sampled_from([0.5, 1.0, 1.5]),
+        "top_k": st.integers(1, 20),
+        "top_p": st.floats(0.3, 1.0),
+        "min_p": st.floats(0.0, 0.2),
+        "seed": st.integers(0, 1000),
+        "repetition_penalty": st.floats(0.6, 1.6),
+        "presence_penalty": st.floats(-1, 2),
+        "frequency_penalty": st.floats(-1, 2),
+        "logit_bias": st.dictionaries(st.integers(0, 96), st.floats(-5, 5), max_size=5),
+        "bad_words": st.lists(st.integers(0, 96).map(str), min_size=1, max_size=3),
+        "allowed_token_ids": st.lists(st.integers(0, 96), min_size=1, max_size=60),
+        "logprobs": st.integers(0, 5),
+        "prompt_logprobs": st.integers(0, 3),
+        "stop_token_ids": st.lists(st.integers(0, 96), min_size=1, max_size=10),
+        "stop": st.lists(st.integers(0, 99).map(str), min_size=1, max_size=4),
+    },
+).map(lambda given: SamplingParams(**({"temperature": 0.0, "seed": 0} | given)))
+MIN_TOKENS = st.tuples(PARAMS, st.integers(0, 8)).map(
+    lambda pair: dataclasses.replace(pair[0], min_tokens=min(pair[1], pair[0].max_tokens or 99))
+)
+REQUESTS = st.lists(st.tuples(PROMPTS, PARAMS | MIN_TOKENS), min_size=1, max_size=7)
+ARRIVALS = st.lists(st.integers(0, 8), min_size=7, max_size=7)
+SCHEDULES = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def check_any_schedule(
+    engine: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+) -> None:
+    if not engine.runner.max_prompt_rows:  # SwiftKV
+        requests = [(p, dataclasses.replace(s, prompt_logprobs=None)) for p, s in requests]
+    plain = generate(engine, requests, arrivals=arrivals)
+    drafted = generate(engine, requests, replay(plain, rate, seed), arrivals)
+    for actual, wanted in zip(drafted, plain, strict=True):
+        assert_equal(actual, wanted)
+
+
+RATES = st.sampled_from([0.0, 0.5, 0.9, 1.0])
+
+
+@SCHEDULES
+@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99))
+def test_any_schedule(
+    engine: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+) -> None:
+    check_any_schedule(engine, requests, arrivals, rate, seed)
+
+
+@SCHEDULES
+@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99))
+def test_any_schedule_under_preemption(
+    cramped_engine: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+) -> None:
+    check_any_schedule(cramped_engine, requests, arrivals, rate, seed)
+
+
+@SCHEDULES
+@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99))
+def test_any_schedule_with_swiftkv(
+    swiftkv_engine: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+) -> None:
+    check_any_schedule(swiftkv_engine, requests, arrivals, rate, seed)
+
+
+@settings(SCHEDULES, max_examples=10)
+@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99))
+def test_any_schedule_in_both_layouts(
+    two_layouts: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+) -> None:
+    check_any_schedule(two_layouts, requests, arrivals, rate, seed)
+
+
+def greedy(max_tokens: int | None, **more: Any) -> SamplingParams:
+    return dataclasses.replace(GREEDY, max_tokens=max_tokens, **more)
+
+
+def test_right_drafts_take_fewer_steps(engine: EngineCore) -> None:
+    requests = [(BEGINNINGS[0], greedy(21))]
+    plain = generate(engine, requests)
+    proposer = replay(plain, rate=1.0)
+    engine.proposer = proposer
+    engine.add_request("0", *requests[0])
+    steps = 0
+    while engine.has_requests:
+        outputs = engine.step()
+        steps += bool(outputs)
+    assert outputs[0].outputs[0].token_ids == plain[0].token_ids
+    # One token by the prompt, then four a step.
+    assert steps == 1 + 20 // (K + 1) + 1  # the step launched before the first draft draws one
+    assert proposer.stats.drafted.tolist() == proposer.stats.accepted.tolist()
+    metrics = outputs[0].metrics
+    assert metrics.num_drafted_tokens == metrics.num_accepted_tokens == proposer.stats.drafted.sum()
+
+
+def test_wrong_drafts_are_counted_as_wrong(engine: EngineCore) -> None:
+    requests = [(BEGINNINGS[0], greedy(12))]
+    plain = generate(engine, requests)
+    wrong = Replay(lambda _: [(t + 1) % 97 for t in plain[0].token_ids], rate=1.0)
+    assert_equal(generate(engine, requests, wrong)[0], plain[0])
+    assert wrong.stats.drafted[0] == wrong.stats.num_drafts > 5
+    assert wrong.stats.accepted.sum() == 0
+
+
+@pytest.mark.parametrize("length", [93, 94, 95, 92])
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_answers_end_at_the_context_length(engine: EngineCore, length: int, rate: float) -> None:
+    requests = [([3] * length, greedy(None))]
+    plain = generate(engine, requests)
+    assert len(plain[0].token_ids) == 96 - length
+    assert_equal(generate(engine, requests, replay(plain, rate))[0], plain[0])
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_an_end_inside_a_draft_ends_the_answer(engine: EngineCore, at: int) -> None:
+    prompt = BEGINNINGS[1]
+    whole = generate(engine, [(prompt, greedy(12))])
+    token = whole[0].token_ids[at]
+    # The drafter goes on past every end.
+    for params in (
+        greedy(12, stop_token_ids=[token]),
+        greedy(12, stop=engine.tokenizer.decode([token]).strip()),
+        greedy(12, stop_token_ids=[token], min_tokens=at + 2),
+        greedy(at + 1),
+    ):
+        plain = generate(engine, [(prompt, params)])
+        assert_equal(generate(engine, [(prompt, params)], replay(whole, 1.0))[0], plain[0])
+    stopped = generate(engine, [(prompt, greedy(12, stop_token_ids=[token]))], replay(whole, 1.0))
+    first = whole[0].token_ids.index(token)
+    assert stopped[0].token_ids == whole[0].token_ids[: first + 1]
+
+
+def test_blocks_with_rejected_tokens_are_not_found(engine: EngineCore) -> None:
+    prompt = BEGINNINGS[2]
+    plain = generate(engine, [(prompt, greedy(40))])
+    tokens = plain[0].token_ids
+    engine.reset_prefix_cache()
+    proposer = replay(plain, rate=0.5, seed=1)
+    generate(engine, [(prompt, greedy(20))], proposer)
+    assert 0 < proposer.stats.accepted.sum() < proposer.stats.drafted.sum()
+    engine.proposer = NoProposer()
+    engine.add_request("a", prompt + tokens[:19], greedy(21), cache_salt=str(id(proposer)))
+    output = run(engine)["a"]
+    assert output.num_cached_tokens == (len(prompt) + 19 - 1) // 4 * 4
+    assert output.outputs[0].token_ids == tokens[19:]
+
+
+def test_who_does_not_speculate_gets_a_token_each_step(engine: EngineCore) -> None:
+    requests = [(BEGINNINGS[0], greedy(16)), (BEGINNINGS[1], greedy(16, bad_words=None))]
+    plain = generate(engine, requests)
+    only_first = Replay(lambda r: plain[0].token_ids if r.request_id == "0" else [], rate=1.0)
+    engine.proposer = only_first
+    for i, request in enumerate(requests):
+        engine.add_request(str(i), *request)
+    grown = []
+    while engine.has_requests:
+        for output in engine.step():
+            if output.request_id == "1":
+                grown.append(len(output.outputs[0].token_ids))
+    assert grown == list(range(1, 17))
+    assert only_first.stats.num_drafts > 0
+
+
+def test_requests_with_drafts_share_their_steps(engine: EngineCore) -> None:
+    requests = [(prompt, greedy(30)) for prompt in BEGINNINGS]
+    plain = generate(engine, requests)
+    engine.proposer = replay(plain, rate=1.0)
+    together = 0
+    for i, request in enumerate(requests):
+        engine.add_request(str(i), *request)
+        for _ in range(2 * i + 1):  # they begin in odd and in even steps
+            engine.step()
+    for _ in range(6):
+        engine.step()
+        together = max(together, sum(r.verifies for r in engine.scheduler.running))
+    assert together == 3
+    run(engine)
+
+
+def test_a_mesh_of_nothing_but_right_drafts(two_layouts: EngineCore) -> None:
+    requests = [(prompt, greedy(24)) for prompt in BEGINNINGS]
+    plain = generate(two_layouts, requests)
+    proposer = replay(plain, rate=1.0)
+    for actual, wanted in zip(generate(two_layouts, requests, proposer), plain, strict=True):
+        assert_equal(actual, wanted)
+    assert proposer.stats.accepted.sum() == proposer.stats.drafted.sum() > 30
+
+
+@pytest.mark.parametrize("method", ["suffix", "ngram"])
+def test_real_drafters_change_no_answer(engine: EngineCore, method: str) -> None:
+    from arctic_jax.spec_decode.proposer import build_proposer
+
+    config = SpeculativeConfig(
+        method, num_speculative_tokens=K, prompt_lookup_min=1, prompt_lookup_max=3
+    )
+    requests = [(BEGINNINGS[i % 3][: 3 + i] * 2, greedy(30)) for i in range(6)]
+    plain = generate(engine, requests)
+    proposer = build_proposer(config)
+    for actual, wanted in zip(generate(engine, requests, proposer), plain, strict=True):
+        assert_equal(actual, wanted)
+    assert proposer.stats.num_drafts > 0
+    again = generate(engine, requests, proposer)  # what the first ones said is known now
+    assert [a.token_ids for a in again] == [p.token_ids for p in plain]
+
+
+def test_nothing_is_compiled_after_ready(engine: EngineCore) -> None:
+    events: list[str] = []
+    listening = [True]
+
+    def listen(event: str, duration_secs: float, **kwargs: object) -> None:
+        if listening and "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    requests = [([i] * (2 + 5 * i), greedy(9, logprobs=i)) for i in range(6)]
+    generate(engine, requests, replay(generate(engine, requests), 0.8))
+    listening.clear()
+    assert events == []
