@@ -101,6 +101,11 @@ class ScheduledBatch:
         return sum(r.num_rows for r in self.requests)
 
     @functools.cached_property
+    def num_drafted(self) -> int:
+        """Drafted tokens of the step."""
+        return sum(r.num_drafted for r in self.requests)
+
+    @functools.cached_property
     def max_query_len(self) -> int:
         """Most tokens of one request."""
         return max(r.num_tokens for r in self.requests)
@@ -130,6 +135,7 @@ class Bucket:
             and batch.num_rows <= self.num_rows
             and len(batch.requests) <= self.num_seqs
             and batch.max_query_len <= self.max_query_len
+            and (self.num_rows > self.num_seqs or not batch.num_drafted)
         )
 
     @staticmethod
