@@ -1,5 +1,6 @@
 """The sampler against float64 numpy that sorts: sets, distributions, penalties, reports."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -105,11 +106,12 @@ def expected_distribution(
 
 def check_distribution(counts: np.ndarray, p: np.ndarray) -> None:
     """Pearson's statistic, with a bound that is passed but once in a million by the right one."""
+    draws = counts.sum()
     assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(p)), "a token outside of the set"
-    likely = p * DRAWS >= 5
+    likely = p * draws >= 5
     assert (counts[likely] > 0).all(), "a token of the set never came"
     observed = np.append(counts[likely], counts[~likely].sum())
-    wanted = np.append(p[likely], p[~likely].sum()) * DRAWS
+    wanted = np.append(p[likely], p[~likely].sum()) * draws
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
     freedom = len(wanted) - 1
     statistic = ((observed - wanted) ** 2 / wanted).sum()
@@ -363,3 +365,45 @@ def test_setting_a_row_leaves_the_others() -> None:
     after = jax.jit(sampler.set_row)(state, jnp.int32(1), seen, bias)
     assert after.seen.tolist() == [[1] * 4, [0, 1, 2, 3], [1] * 4]
     assert after.bias.tolist() == [[1] * 4, [-2, -1, 0, 1], [1] * 4]
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}]
+)
+@pytest.mark.parametrize("drafted", [0, 3, 9])
+def test_drafts_do_not_change_the_distribution(params: dict[str, Any], drafted: int) -> None:
+    """A draft is accepted with its probability, and what is drawn in its place is the residual."""
+    second = LOGITS[::-1]
+    chains = np.tile(np.array([LOGITS, second], np.float32), (DRAWS, 1))
+    batch = make_batch([params], np.zeros(2 * DRAWS, int), np.arange(2 * DRAWS))
+    draft = np.tile(np.array([drafted, -1], np.int32), DRAWS)
+    batch = dataclasses.replace(batch, row_draft=jnp.asarray(draft))
+    state = SamplerState.zeros(2, VOCAB)
+    output, _ = jax.jit(sampler.sample, static_argnums=(3, 4))(
+        jnp.asarray(chains), batch, state, 0, 1
+    )
+    first, bonus = np.asarray(output.token_ids).reshape(DRAWS, 2).T
+    p = expected_distribution(LOGITS, **params)
+    check_distribution(np.bincount(first, minlength=VOCAB), p)
+    assert ((bonus >= 0) == (first == drafted)).all()
+    accepted = np.bincount(bonus[bonus >= 0], minlength=VOCAB)
+    assert accepted.sum() == pytest.approx(DRAWS * p[drafted], abs=5 * np.sqrt(DRAWS))
+    if accepted.sum() > 500:
+        check_distribution(accepted, expected_distribution(second, **params))
+
+
+def test_penalties_count_accepted_drafts_alone() -> None:
+    """A chain of three rows, of which the second draws another token than was drafted."""
+    logits = np.zeros((3, VOCAB), np.float32)
+    logits[0, 4] = logits[1, 4] = logits[2, 7] = 5.0
+    logits[1, 6] = 4.0
+    batch = make_batch(
+        [{"temperature": 0.0, "frequency_penalty": 2.0, "state_row": 1}], [0, 0, 0], [0, 1, 2]
+    )
+    batch = dataclasses.replace(batch, row_draft=jnp.asarray([4, 4, -1], jnp.int32))
+    output, state = sampler.sample(
+        jnp.asarray(logits), batch, SamplerState.zeros(2, VOCAB), 0, max_draft_len=2
+    )
+    assert output.token_ids.tolist() == [4, 6, -1]
+    assert np.flatnonzero(state.seen[1]).tolist() == [4, 6]
+    assert not state.seen[0].any()

@@ -246,24 +246,39 @@ def test_collectives_of_the_programs() -> None:
     sp=st.integers(1, 4),
     max_num_seqs=st.integers(1, 12),
     max_tokens=st.integers(1, 64),
-    lengths=st.lists(st.integers(1, 64), min_size=1, max_size=12),
+    lengths=st.lists(st.integers(1, 64) | st.just(1), min_size=1, max_size=12),
+    drafts=st.lists(st.integers(0, 5), min_size=12, max_size=12),
+    max_draft_len=st.integers(0, 5),
 )
 def test_every_step_has_a_program(
-    threshold: int, sp: int, max_num_seqs: int, max_tokens: int, lengths: list[int]
+    threshold: int,
+    sp: int,
+    max_num_seqs: int,
+    max_tokens: int,
+    lengths: list[int],
+    drafts: list[int],
+    max_draft_len: int,
 ) -> None:
     """Also at the threshold and one past it; and few programs serve nobody."""
     few, many = shift(1, sp), ulysses(1, sp)
+    rows = min(8, max_tokens)
     ladders = {
-        layout: bucket_ladder(max_num_seqs, max_tokens, min(8, max_tokens), multiple)
+        layout: bucket_ladder(max_num_seqs, max_tokens, rows, multiple, max_draft_len)
         for layout, multiple in ((few, 1), (many, sp))
     }
     picker = LayoutPicker(ladders, threshold)
     lengths = lengths[:max_num_seqs]
     while sum(lengths) > max_tokens:
         lengths[lengths.index(max(lengths))] -= 1
-    scheduled = ScheduledBatch(
-        tuple(ScheduledRequest(request_of(n), 0, n, 1, True) for n in lengths if n)
-    )
+    tokens, parts = max_tokens - sum(lengths), []
+    for n, drafted in zip(lengths, drafts, strict=False):
+        drafted = min(drafted, max_draft_len, tokens, rows)
+        tokens, rows = tokens - drafted, rows - drafted
+        if n:
+            parts.append(
+                ScheduledRequest(request_of(n), 0, n + drafted, 1 + drafted, True, drafted)
+            )
+    scheduled = ScheduledBatch(tuple(parts))
     if not scheduled.requests:
         return
     layout, bucket = picker.pick(scheduled)
