@@ -346,7 +346,7 @@ def _settle(path: Path, settings: Mapping[str, Any]) -> None:
 def _plot(directory: Path) -> None:
     """Draw the loss over the tokens."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
         logger.info("without matplotlib there is no %s", PLOT)
         return
