@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
-import signal
-import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +13,7 @@ import numpy as np
 from arctic_jax.config import DEFAULT_MODEL, EngineConfig
 from arctic_jax.engine.replicas import Engine, make_engine
 from arctic_jax.errors import InvalidRequestError
+from arctic_jax.interrupts import interrupts_held
 from arctic_jax.progress import Report, bars
 from arctic_jax.request import RequestOutput, RequestOutputKind, SamplingParams
 
@@ -165,7 +163,7 @@ class LLM:
 
     def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
         text, token_ids, salt = parse_prompt(prompt, self.engine)
-        with _interrupts_held():
+        with interrupts_held():
             self.engine.add_request(request_id, token_ids, params, text, priority, salt)
 
     def _run(self, ids: Sequence[str], report: Report) -> list[RequestOutput]:
@@ -179,33 +177,16 @@ class LLM:
         return [done[request_id] for request_id in ids]
 
     def _step(self) -> None:
-        with _interrupts_held():
+        with interrupts_held():
             for output in self.engine.step():
                 self._unread[output.request_id] = output
 
     def _forget(self, ids: Sequence[str]) -> None:
         """Abort what is not finished."""
-        with _interrupts_held():
+        with interrupts_held():
             for request_id in ids:
                 self.engine.abort(request_id)
                 self._unread.pop(request_id, None)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait: half a step leaves no usable cache, half a request no usable queue."""
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield
-        return
-    held: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-        if held:
-            usual(*held[0])
 
 
 def parse_prompt(prompt: Prompt, engine: Engine) -> tuple[str | None, Sequence[int], str | None]:
