@@ -82,6 +82,12 @@ def engine_options(
     shift_parallel_threshold: Annotated[
         int | None, _option(help="Most tokens of such a step; by default measured.")
     ] = None,
+    speculative_config: Annotated[
+        str | None,
+        _option(
+            help='Drafts: JSON, such as {"method": "suffix"}; see docs/speculative-decoding.md.'
+        ),
+    ] = None,
     implementation: Annotated[
         str | None, _option(help="Of every kernel: xla or mosaic_gpu; by default the best here.")
     ] = LoadConfig.implementation,

@@ -1,0 +1,164 @@
+"""Proposers without an engine: what they draft, for whom, and when they stop."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from arctic_jax.batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.request import Request, RequestStatus, SamplingParams
+from arctic_jax.spec_decode.acceptance import MIN_GAIN, Acceptance
+from arctic_jax.spec_decode.ngram_proposer import NgramProposer
+from arctic_jax.spec_decode.proposer import NoProposer, Proposer, build_proposer
+from arctic_jax.spec_decode.suffix_proposer import SuffixProposer
+from arctic_jax.speculative_config import SpeculativeConfig
+
+
+def request_of(
+    prompt: Sequence[int], output: Sequence[int], salt: str | None = None, **params: object
+) -> Request:
+    """A request that runs, and for which a step has just drawn the last token of `output`."""
+    request = Request(
+        "r", 0, list(prompt), SamplingParams(**params), max_tokens=100, cache_salt=salt
+    )
+    request.status = RequestStatus.RUNNING
+    extend(request, output)
+    return request
+
+
+def extend(request: Request, tokens: Sequence[int]) -> None:
+    for token in tokens:
+        request.expect_token()
+        request.take_token(token)
+
+
+def propose(
+    proposer: Proposer, *requests: Request, drafted: int = 0, accepted: int = 0
+) -> list[list[int]]:
+    parts = [
+        ScheduledRequest(r, 0, 1 + drafted, 1 + drafted, True, drafted, accepted) for r in requests
+    ]
+    proposer.propose(ScheduledBatch(tuple(parts)))
+    return [list(request.draft) for request in requests]
+
+
+def suffix(**settings: object) -> SuffixProposer:
+    return SuffixProposer(SpeculativeConfig("suffix", adaptive=False, **settings))
+
+
+def ngram(**settings: object) -> NgramProposer:
+    lengths = {"prompt_lookup_min": 2, "prompt_lookup_max": 3}
+    return NgramProposer(SpeculativeConfig("ngram", adaptive=False, **(lengths | settings)))
+
+
+def test_the_method_chooses_the_proposer() -> None:
+    assert isinstance(build_proposer(SpeculativeConfig()), NoProposer)
+    assert isinstance(build_proposer(SpeculativeConfig("suffix")), SuffixProposer)
+    assert isinstance(build_proposer(SpeculativeConfig("ngram")), NgramProposer)
+
+
+@pytest.mark.parametrize(("make", "draft"), [(suffix, [4, 5, 6]), (ngram, [4, 5, 6, 7])])
+def test_drafts_go_on_as_the_request_did_before(make, draft: list[int]) -> None:
+    request = request_of([1, 2, 3, 4, 5, 6, 7, 8, 1, 2], [3])
+    assert propose(make(), request) == [draft]
+
+
+def test_ngram_takes_the_longest_and_the_latest_match() -> None:
+    proposer = ngram(num_speculative_tokens=2)
+    # 7 8 came before 1, and later before 2; 9 7 8 only before 1.
+    request = request_of([9, 7, 8, 1, 5, 7, 8, 2, 6, 7], [8])
+    assert propose(proposer, request) == [[2, 6]]
+    extend(request, [3, 9, 7, 8])
+    assert propose(proposer, request) == [[1, 5]]
+    extend(request, [90])
+    assert propose(proposer, request) == [[]]
+
+
+def test_answers_to_others_make_drafts_unless_salts_differ() -> None:
+    proposer = suffix()
+    first = request_of([50, 51], [10, 11, 12, 13, 14, 15])
+    propose(proposer, first)
+    proposer.finish(first)
+    same, other = request_of([60], [10, 11, 12]), request_of([60], [10, 11, 12], salt="tenant")
+    assert propose(proposer, same, other) == [[13, 14, 15], []]
+
+
+def test_the_global_tree_can_be_switched_off() -> None:
+    proposer = suffix(suffix_cache_max_requests=0)
+    first = request_of([50, 51], [10, 11, 12, 13, 14, 15])
+    propose(proposer, first)
+    assert propose(proposer, request_of([60], [10, 11, 12])) == [[]]
+
+
+REPEATING = [1, 2, 3, 4, 5, 6, 7, 8] * 2
+
+
+def test_of_a_large_batch_the_first_ones_draft_and_of_a_larger_nobody() -> None:
+    proposer = ngram(disable_by_batch_size=2, hard_disable_by_batch_size=4)
+    requests = [request_of(REPEATING, [1, 2, 3]) for _ in range(4)]
+    assert [bool(d) for d in propose(proposer, *requests[:3])] == [True, True, False]
+    assert not any(propose(proposer, *requests))
+    proposer.finish(requests[0])
+    assert [bool(d) for d in propose(proposer, *requests[1:])] == [True, True, False]
+
+
+def test_drafts_leave_room_for_the_token_that_follows() -> None:
+    request = request_of(REPEATING, [1, 2, 3])
+    for room, length in ((1, 0), (2, 1), (3, 2)):
+        request.max_tokens = len(request.output_token_ids) + room
+        assert len(propose(ngram(), request)[0]) == length
+
+
+def test_what_the_host_forbids_is_the_same_for_all_tokens_of_a_draft() -> None:
+    for min_tokens, length in ((5, 1), (4, 0), (3, 4), (0, 4)):
+        request = request_of(REPEATING, [1, 2, 3], min_tokens=min_tokens, max_tokens=99)
+        assert len(propose(ngram(), request)[0]) == length
+    request.bad_words_ids = ((5, 6),)
+    assert propose(ngram(), request) == [[]]
+
+
+def test_drafts_follow_their_success() -> None:
+    acceptance = Acceptance(max_length=16)
+    acceptance.verified(16, expected=8.0, accepted=2)
+    assert acceptance.length == 3
+    acceptance.verified(3, expected=2.0, accepted=3)
+    assert acceptance.length == 6
+    acceptance.verified(6, expected=3.0, accepted=0)
+    assert acceptance.length == 1
+    for _ in range(5):
+        acceptance.verified(1, expected=1.0, accepted=1)
+    assert acceptance.length == 16
+
+
+def test_a_request_whose_drafts_are_wrong_stops_and_tries_again() -> None:
+    acceptance = Acceptance(max_length=16)
+    gain, refused = 2 * MIN_GAIN, 0
+    while acceptance.allows(gain):
+        acceptance.verified(4, expected=gain, accepted=0)
+    while not acceptance.allows(gain):
+        refused += 1
+    assert 0 < refused < 50
+
+
+def test_an_adaptive_proposer_learns_from_what_was_verified() -> None:
+    proposer = NgramProposer(SpeculativeConfig("ngram", prompt_lookup_max=2))
+    request = request_of(REPEATING, [1, 2, 3])
+    assert propose(proposer, request) == [[4, 5, 6, 7]]
+    extend(request, [4, 5])
+    assert propose(proposer, request, drafted=4, accepted=1) == [[6, 7]]
+    assert proposer.stats.drafted.tolist() == [1, 1, 1, 1]
+    assert proposer.stats.accepted.tolist() == [1, 0, 0, 0]
+
+
+def test_one_that_waits_for_a_token_drafts_past_it() -> None:
+    request = request_of(REPEATING, [1, 2, 3])
+    request.expect_token()
+    assert propose(ngram(), request) == [[4, 5, 6, 7]]
+    assert request.waits_for_tokens
+
+
+def test_finished_and_waiting_requests_do_not_draft() -> None:
+    proposer = ngram()
+    waiting, finished = request_of(REPEATING, [1, 2, 3]), request_of(REPEATING, [1, 2, 3])
+    waiting.status, finished.status = RequestStatus.WAITING, RequestStatus.STOPPED
+    assert propose(proposer, waiting, finished) == [[], []]
+    proposer.finish(finished)  # it was never started

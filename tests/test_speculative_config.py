@@ -1,0 +1,93 @@
+"""Users' settings of speculation: Arctic's keys, vLLM's keys, and what is refused."""
+
+import logging
+
+import pytest
+
+from arctic_jax.config import EngineConfig
+from arctic_jax.speculative_config import SpeculativeConfig
+
+
+def of(**given: object) -> SpeculativeConfig:
+    return SpeculativeConfig.from_user(given)
+
+
+def test_without_a_config_nobody_speculates() -> None:
+    assert EngineConfig.from_keywords().speculative.max_draft_len == 0
+    assert SpeculativeConfig.from_user(None).kind is None
+
+
+def test_json_and_dictionaries_reach_the_engine() -> None:
+    for given in ({"method": "ngram"}, '{"method": "ngram"}'):
+        config = EngineConfig.from_keywords(speculative_config=given).speculative
+        assert (config.kind, config.max_draft_len) == ("ngram", 4)
+
+
+def test_arctics_and_vllms_keys_mean_the_same() -> None:
+    arctic = of(
+        method="suffix",
+        suffix_cache_max_depth=24,
+        suffix_cache_max_requests=10,
+        suffix_max_spec_factor=2.0,
+        suffix_min_token_prob=0.2,
+    )
+    vllm = of(
+        method="suffix",
+        suffix_decoding_max_tree_depth=24,
+        suffix_decoding_max_cached_requests=10,
+        suffix_decoding_max_spec_factor=2.0,
+        suffix_decoding_min_token_prob=0.2,
+    )
+    assert arctic == vllm
+    assert arctic.suffix_cache_max_depth == 24
+
+
+@pytest.mark.parametrize(
+    ("given", "longest"),
+    [
+        ({"method": "suffix"}, 16),
+        ({"enable_suffix_decoding": True}, 16),
+        ({"method": "suffix", "num_speculative_tokens": 5}, 5),
+        ({"method": "suffix", "num_speculative_tokens": 5, "suffix_speculative_tokens": 9}, 9),
+        ({"method": "ngram", "num_speculative_tokens": 5, "suffix_speculative_tokens": 9}, 5),
+    ],
+)
+def test_longest_drafts(given: dict, longest: int) -> None:
+    assert SpeculativeConfig.from_user(given).max_draft_len == longest
+
+
+def test_ngram_lengths_default_to_each_other() -> None:
+    assert of(method="ngram").lookup_lengths == (5, 5)
+    assert of(method="ngram", prompt_lookup_max=3).lookup_lengths == (3, 3)
+    assert of(method="ngram", prompt_lookup_min=2).lookup_lengths == (2, 2)
+    assert of(method="ngram", prompt_lookup_min=2, prompt_lookup_max=4).lookup_lengths == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "eagle", "model": "x"}, "'eagle' is not supported; supported: suffix, ngram"),
+        ({"method": "arctic"}, "'arctic' is not supported; supported: suffix, ngram"),
+        ({}, "names no method; supported: suffix, ngram"),
+        ({"method": "suffix", "sufix": 1}, r"unknown key\(s\) sufix"),
+        ({"method": "suffix", "num_speculative_tokens": 0}, "between 1 and 128, got 0"),
+        ({"method": "suffix", "num_speculative_tokens": True}, "must be an integer, got True"),
+        ({"method": "suffix", "suffix_cache_max_depth": None}, "must be an integer, got None"),
+        ({"method": "suffix", "suffix_min_token_prob": float("nan")}, "finite number, got nan"),
+        ({"method": "suffix", "adaptive": 1}, "adaptive must be true or false, got 1"),
+        ({"method": "ngram", "enable_suffix_decoding": True}, "cannot be combined"),
+        ({"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 2}, "at most"),
+        ({"suffix_cache_max_depth": 9, "suffix_decoding_max_tree_depth": 9}, "setting twice"),
+        ("{", "is not JSON"),
+        ("[1]", r"must be a dictionary, got \[1\]"),
+    ],
+)
+def test_mistakes_are_refused(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.from_keywords(speculative_config=given)
+
+
+def test_a_soft_cut_off_above_the_hard_one_warns(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "arctic_jax"):
+        of(method="suffix", hard_disable_by_batch_size=8)
+    assert "hard_disable_by_batch_size=8 is not above disable_by_batch_size=64" in caplog.text
