@@ -1,0 +1,213 @@
+"""What speculation gains: tokens per second and per step, against the same engine without drafts.
+
+    python benchmarks/speculation.py --data FOLDER --methods suffix ngram --out FILE
+
+Workloads: `gsm8k` and `humaneval` (chat prompts, greedy answers), and `agent`, recorded software
+agents: each assistant turn is generated after its real history and forced to be what was recorded
+(the step's tokens are replaced on the host; its work on the device is the same). FOLDER is laid out
+as `prompts/{gsm8k_test,humaneval}.jsonl` and `agent_trajectories/*.traj.json`. The baseline is the
+same engine with a proposer that proposes nothing, whose steps then run in the same programs as
+those of an engine without `speculative_config`.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from arctic_jax import LLM, SamplingParams, __version__
+from arctic_jax.batch import HostOutput
+from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.runner import LaunchedStep
+from arctic_jax.spec_decode.proposer import NoProposer, build_proposer
+from arctic_jax.speculative_config import SpeculativeConfig
+
+Job = tuple[list[int], list[int] | None]
+"""A prompt, and the answer that is forced, if any."""
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--methods", nargs="+", default=["suffix", "ngram"])
+    parser.add_argument("--workloads", nargs="+", default=["gsm8k", "humaneval", "agent"])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--requests", type=int, default=64, help="of a workload, at most")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-prompt-len", type=int, default=4096)
+    parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--num-speculative-tokens", type=int, default=16)
+    parser.add_argument("--num-blocks", type=int, default=None)
+    parser.add_argument("--fixed", action="store_true", help="without the adaptive policy")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+
+    length = {"num_speculative_tokens": args.num_speculative_tokens}
+    llm = LLM(
+        args.model,
+        max_model_len=args.max_model_len,
+        max_num_seqs=max(args.concurrency),
+        num_blocks=args.num_blocks,
+        speculative_config={"method": "ngram", **length},
+    )
+    configs = {"none": SpeculativeConfig()}
+    for method in args.methods:
+        configs[method] = SpeculativeConfig(method, adaptive=not args.fixed, **length)
+    rows = []
+    for workload in args.workloads:
+        jobs = load(workload, llm, args)
+        for concurrency, (method, config) in itertools.product(args.concurrency, configs.items()):
+            engine: Any = llm.engine
+            row = {"workload": workload, "concurrency": concurrency, "method": method}
+            rows.append(row | measure(engine, config, jobs, concurrency, args.max_tokens))
+            print(show(rows[-1], rows), flush=True)
+    if args.out:
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "versions": {"arctic_jax": __version__, "jax": jax.__version__},
+            "device": jax.devices()[0].device_kind,
+            "rows": rows,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def load(workload: str, llm: LLM, args: argparse.Namespace) -> list[Job]:
+    """Return a workload's requests."""
+    if workload == "agent":
+        jobs = list(agent_turns(args.data / "agent_trajectories", llm))
+        # Turns of every length, not those of the first conversation.
+        jobs = jobs[:: max(1, len(jobs) // args.requests)]
+        jobs = [(p[-args.max_prompt_len :], a[: args.max_tokens]) for p, a in jobs if a]
+        return jobs[: args.requests]
+    name, key = {"gsm8k": ("gsm8k_test", "question"), "humaneval": ("humaneval", "prompt")}[
+        workload
+    ]
+    lines = (args.data / "prompts" / f"{name}.jsonl").read_text().splitlines()[: args.requests]
+    return [(chat(llm, json.loads(line)[key]), None) for line in lines]
+
+
+def chat(llm: LLM, text: str) -> list[int]:
+    """Return the tokens of a question to the assistant."""
+    messages = [{"role": "user", "content": text}]
+    return list(llm.engine.tokenizer.apply_chat_template(messages))
+
+
+def agent_turns(folder: Path, llm: LLM) -> Iterable[tuple[list[int], list[int]]]:
+    """Yield history and recorded answer of every assistant turn, as a ChatML conversation."""
+
+    def tokens(text: str) -> list[int]:
+        return list(llm.engine.tokenizer.encode(text, add_special_tokens=False))
+
+    for path in sorted(folder.glob("*.traj.json")):
+        context: list[int] = []
+        for message in json.loads(path.read_text())["history"]:
+            context += tokens(f"<|im_start|>{message['role']}\n")
+            content = tokens(f"{message['content']}<|im_end|>")
+            if message["role"] == "assistant":
+                yield context.copy(), content
+            context += content + tokens("\n")
+
+
+class ForcedStep:
+    """A launched step whose tokens become those that are forced, by request id."""
+
+    def __init__(self, step: LaunchedStep, answers: dict[str, list[int]]) -> None:
+        self.step, self.answers = step, answers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
+
+    def wait(self) -> HostOutput:
+        """Wait for the step, and accept of each draft what agrees with the forced answer."""
+        output = self.step.wait()
+        tokens, end = output.token_ids.copy(), 0
+        for part in self.step.scheduled.requests:
+            end += part.num_rows
+            request = part.request
+            if not part.num_draws or request.status.finished:
+                continue
+            known = len(request.output_token_ids)
+            forced = self.answers[request.request_id][known : known + part.num_draws]
+            drafted = request.token_ids[part.end - part.num_drafted : part.end]
+            wrong = [i for i, (a, b) in enumerate(zip(drafted, forced, strict=False)) if a != b]
+            valid = wrong[0] + 1 if wrong else part.num_draws
+            first = end - part.num_draws
+            tokens[first : first + valid] = forced[:valid]
+            tokens[first + valid : end] = -1
+        return dataclasses.replace(output, token_ids=tokens)
+
+
+def measure(
+    engine: EngineCore, config: SpeculativeConfig, jobs: list[Job], concurrency: int, longest: int
+) -> dict[str, Any]:
+    """Run all jobs, so many at a time; return rates and what came of drafts."""
+    engine.proposer = build_proposer(config) if config.kind else NoProposer()
+    engine.reset_prefix_cache()
+    answers = {str(i): answer for i, (_, answer) in enumerate(jobs) if answer}
+    launch = engine.runner.launch
+    if answers:
+        engine.runner.launch = lambda scheduled: ForcedStep(launch(scheduled), answers)  # pyright: ignore
+    waiting = list(enumerate(jobs))[::-1]
+    running = tokens = accepted = 0
+    start = time.perf_counter()
+    try:
+        while waiting or running:
+            while waiting and running < concurrency:
+                i, (prompt, answer) = waiting.pop()
+                params = SamplingParams(
+                    temperature=0,
+                    max_tokens=len(answer) if answer else longest,
+                    ignore_eos=bool(answer),
+                    detokenize=not answer,
+                )
+                engine.add_request(str(i), prompt, params)
+                running += 1
+            for output in engine.step():
+                if output.finished:
+                    running -= 1
+                    tokens += len(output.outputs[0].token_ids)
+                    accepted += output.metrics.num_accepted_tokens if output.metrics else 0
+    finally:
+        engine.runner.launch = launch
+    seconds, stats = time.perf_counter() - start, engine.proposer.stats
+    return {
+        "requests": len(jobs),
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_step": tokens / (tokens - accepted),
+        "drafted": int(stats.drafted.sum()),
+        "accepted": int(stats.accepted.sum()),
+        "acceptance_by_position": np.round(
+            stats.accepted / np.maximum(stats.drafted, 1), 3
+        ).tolist(),
+    }
+
+
+def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Return a line of the table."""
+    key = row["workload"], row["concurrency"]
+    base = next(r for r in rows if (r["workload"], r["concurrency"]) == key)
+    gain = row["tokens_per_s"] / base["tokens_per_s"]
+    return (
+        f"{row['workload']:10s} {row['concurrency']:4d} {row['method']:8s} "
+        f"{row['tokens_per_s']:9.1f} tokens/s {gain:5.2f}x "
+        f"{row['tokens_per_step']:5.2f} tokens/step "
+        f"{row['accepted']}/{row['drafted']} accepted"
+    )
+
+
+if __name__ == "__main__":
+    main()
