@@ -161,7 +161,7 @@ class SpeculativeConfig:
             return
         if isinstance(value, bool) or not isinstance(value, int):
             _refuse(name, value, "must be an integer")
-        if value < least or (most is not None and value > most):
+        elif value < least or (most is not None and value > most):
             limits = f"at least {least}" if most is None else f"between {least} and {most}"
             _refuse(name, value, f"must be {limits}")
 

@@ -91,27 +91,27 @@ class OutputProcessor:
         self, part: ScheduledRequest, rows: range, output: HostOutput, group: RequestGroup
     ) -> RequestStatus | None:
         request = part.request
-        rows = [row for row in rows if output.token_ids[row] >= 0]  # others follow wrong drafts
+        counting = [row for row in rows if output.token_ids[row] >= 0]  # others follow wrong drafts
         first_position = part.end - part.num_rows
-        for i, row in enumerate(rows):
+        for i, row in enumerate(counting):
             if not output.finite[row]:
                 request.error = (
                     f"the logits at position {first_position + i} are not finite numbers, or the "
                     "request's parameters allow no token there"
                 )
                 return RequestStatus.FAILED
-        prompt_rows = rows[: part.num_rows - part.num_draws]
+        prompt_rows = counting[: part.num_rows - part.num_draws]
         if request.wants_prompt_rows:
             for i, row in enumerate(prompt_rows, first_position + 1):
                 token = request.prompt_token_ids[i]
                 wanted = request.params.prompt_logprobs or 0
                 request.prompt_logprobs.append(self._logprobs(output, row, token, wanted))
-        return self._take_draws(part, rows[len(prompt_rows) :], output, group)
+        return self._take_draws(part, counting[len(prompt_rows) :], output, group)
 
     def _take_draws(
         self, part: ScheduledRequest, rows: list[int], output: HostOutput, group: RequestGroup
     ) -> RequestStatus | None:
-        """Append the tokens of rows up to where the request ends; the last was not drafted."""
+        """Append the tokens of rows, all accepted drafts but the last, up to an end."""
         request, status, known = part.request, None, len(part.request.output_token_ids)
         for row in rows:
             status = self._take_token(request, row, output, group)

@@ -222,7 +222,7 @@ def test_right_drafts_take_fewer_steps(engine: EngineCore) -> None:
     proposer = replay(plain, rate=1.0)
     engine.proposer = proposer
     engine.add_request("0", *requests[0])
-    steps = 0
+    steps, outputs = 0, []
     while engine.has_requests:
         outputs = engine.step()
         steps += bool(outputs)
