@@ -29,7 +29,8 @@ class LLM:
     Args:
         model: a directory, a GGUF file, a hub id, or an alias (`arctic-jax models list`).
         progress: show bars for downloading, loading and compiling.
-        options: fields of `LoadConfig`, `ParallelConfig`, `CacheConfig` and `SchedulerConfig`.
+        options: fields of `LoadConfig`, `ParallelConfig`, `CacheConfig` and `SchedulerConfig`, and
+            `speculative_config`, see `SpeculativeConfig`.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, CheckpointError: see `arctic_jax.errors`.
