@@ -1,6 +1,7 @@
 """Store what `transformers` computes, for the tests to compare with. Needs torch; run by hand.
 
     python scripts/make_goldens.py tiny --out tests/goldens
+    python scripts/make_goldens.py encoders --out tests/goldens
     python scripts/make_goldens.py greedy --model DIR --prompts DIR --out tests/goldens
 
 `--model` is what `resolve_model("smollm2-135m-instruct-q4_1")` (`arctic_jax/loading/hub.py`) gives;
@@ -69,6 +70,40 @@ def make_tiny(out: Path) -> None:
         arrays[f"{name}/logits"] = logits.astype(np.float32)
         print(f"{name:28} {type(model).__name__:22} deviation of the logits {logits.std():.2f}")
     np.savez_compressed(out / "tiny_logits.npz", **arrays)
+
+
+def make_encoders(out: Path) -> None:
+    """Hidden states of every case of tests/models/encoder_cases.py for texts of several lengths."""
+    load_module("arctic_jax.errors", ROOT / "arctic_jax" / "errors.py")
+    testing = load_module("arctic_jax.testing", ROOT / "arctic_jax" / "testing.py")
+    cases = load_module("encoder_cases", ROOT / "tests" / "models" / "encoder_cases.py")
+    arrays = {}
+    for i, (name, config) in enumerate(cases.CASES.items()):
+        random = np.random.RandomState(i)
+        with tempfile.TemporaryDirectory() as directory:
+            path = testing.write_checkpoint(directory, config, cases.SEED)
+            model = load_encoder(path)
+        for length in cases.LENGTHS:
+            # From 4 on: transformers counts a XLM-R text's positions without its padding tokens.
+            text = random.randint(4, cases.VOCAB_SIZE, length)
+            with torch.no_grad():
+                hidden = model(torch.tensor(text)[None]).last_hidden_state[0].numpy()
+            arrays[f"{name}/{length}/token_ids"] = text.astype(np.int32)
+            arrays[f"{name}/{length}/hidden"] = hidden.astype(np.float32)
+        print(f"{name:28} {type(model).__name__}")
+    np.savez_compressed(out / "tiny_encoders.npz", **arrays)
+
+
+def load_encoder(directory: Path) -> Any:
+    """Without the pooler, which sentence embeddings do not use and many checkpoints do not have."""
+    model = transformers.AutoModel.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        add_pooling_layer=False,
+        local_files_only=True,
+    )
+    return model.eval()
 
 
 PLAIN = (
@@ -158,7 +193,7 @@ def make_greedy(directory: Path, folder: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("tiny", "greedy"))
+    parser.add_argument("what", choices=("tiny", "encoders", "greedy"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "goldens")
@@ -168,6 +203,8 @@ def main() -> None:
     print(versions)
     if arguments.what == "tiny":
         make_tiny(arguments.out)
+    elif arguments.what == "encoders":
+        make_encoders(arguments.out)
     elif arguments.model is None or arguments.prompts is None:
         parser.error("greedy needs --model and --prompts")
     else:
