@@ -3,8 +3,10 @@
     python scripts/make_goldens.py tiny --out tests/goldens
     python scripts/make_goldens.py encoders --out tests/goldens
     python scripts/make_goldens.py greedy --model DIR --prompts DIR --out tests/goldens
+    python scripts/make_goldens.py sentences --model DIR --prompts DIR --out tests/goldens
 
 `--model` is what `resolve_model("smollm2-135m-instruct-q4_1")` (`arctic_jax/loading/hub.py`) gives;
+for `sentences`, which needs sentence-transformers, what `resolve_model("minilm-l6")` gives.
 `--prompts` holds gsm8k_test.jsonl, humaneval.jsonl and spec_bench.jsonl of those projects. Float32
 on a CPU throughout. `arctic_jax` itself must be importable, but nothing of it that needs JAX is.
 """
@@ -191,9 +193,39 @@ def make_greedy(directory: Path, folder: Path, out: Path) -> None:
     (out / "smollm2_prompts.json").write_text(text + "\n", "utf-8")
 
 
+def sentences(folder: Path) -> list[str]:
+    """100 texts: questions, code, other languages, none at all, and more than the model takes."""
+
+    def rows(file: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / file).read_text("utf-8").splitlines()]
+
+    gsm8k, code, bench = rows("gsm8k_test.jsonl"), rows("humaneval.jsonl"), rows("spec_bench.jsonl")
+    found = [*PLAIN, "", " ", "a", "naïve café\u0301 \U0001f9d1\u200d\U0001f680", "Привет, мир!"]
+    found += [row["question"] for row in gsm8k[:40]]
+    found += [row["prompt"] for row in code[:15]]
+    found += [row["turns"][0] for row in bench[::16][:28]]
+    found += [" ".join(row["question"] for row in gsm8k[40:60]), "word " * 255]
+    return found
+
+
+def make_sentences(directory: Path, folder: Path, out: Path) -> None:
+    """Vectors of 100 real sentences by sentence-transformers, one at a time."""
+    import sentence_transformers
+
+    print(f"sentence-transformers {sentence_transformers.__version__}")
+    model = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    found = sentences(folder)
+    vectors = np.stack([model.encode(text) for text in found]).astype(np.float32)
+    lengths = [len(model.tokenize([text])["input_ids"][0]) for text in found]
+    print(f"{len(found)} sentences of {min(lengths)} to {max(lengths)} tokens, {vectors.shape}")
+    np.savez_compressed(out / "minilm_vectors.npz", vectors=vectors, lengths=lengths)
+    text = json.dumps(found, ensure_ascii=False, indent=0)
+    (out / "minilm_sentences.json").write_text(text + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("tiny", "encoders", "greedy"))
+    parser.add_argument("what", choices=("tiny", "encoders", "greedy", "sentences"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "goldens")
@@ -206,7 +238,9 @@ def main() -> None:
     elif arguments.what == "encoders":
         make_encoders(arguments.out)
     elif arguments.model is None or arguments.prompts is None:
-        parser.error("greedy needs --model and --prompts")
+        parser.error(f"{arguments.what} needs --model and --prompts")
+    elif arguments.what == "sentences":
+        make_sentences(arguments.model, arguments.prompts, arguments.out)
     else:
         make_greedy(arguments.model, arguments.prompts, arguments.out)
 
