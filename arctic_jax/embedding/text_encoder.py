@@ -74,6 +74,8 @@ class TextEncoder:
         return InvalidRequestError(f"an input is text or token ids, got {text!r:.100}", "input")
 
     def _checked(self, ids: list[int]) -> Encoded:
+        if not ids:  # of an empty text, where the tokenizer adds no special tokens
+            return InvalidRequestError("the text has no tokens", "input")
         if len(ids) <= self.max_length:
             return ids
         return InvalidRequestError(

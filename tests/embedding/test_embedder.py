@@ -144,7 +144,7 @@ def test_token_ids_are_texts_too(embedder: Embedder) -> None:
     np.testing.assert_allclose(array, text, atol=2e-6)
 
 
-@pytest.mark.parametrize("bad", [None, 7, "\ud800", [], [-1], [10**6], ["a"], ("a", "b")])
+@pytest.mark.parametrize("bad", ["", None, 7, "\ud800", [], [-1], [10**6], ["a"], ("a", "b")])
 def test_a_bad_text_fails_alone(embedder: Embedder, bad: object) -> None:
     texts = ["good", bad, "fine"]
     rows = embedder.embed(texts, on_error="nan")
