@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
-import signal
-import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,6 +18,7 @@ from arctic_jax.embedding.embedder import Embedder, EmbeddingParams
 from arctic_jax.embedding.text_encoder import Text
 from arctic_jax.engine.replicas import Engine, make_engine
 from arctic_jax.errors import InvalidRequestError
+from arctic_jax.interrupts import interrupts_held
 from arctic_jax.loading.model_files import open_model
 from arctic_jax.models.registry import is_encoder
 from arctic_jax.progress import Report, bars
@@ -222,7 +220,7 @@ class LLM:
 
     def _add(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
         text, token_ids, salt = parse_prompt(prompt, self.engine)
-        with _interrupts_held():
+        with interrupts_held():
             self.engine.add_request(request_id, token_ids, params, text, priority, salt)
 
     def _run(self, ids: Sequence[str], report: Report) -> list[RequestOutput]:
@@ -236,33 +234,16 @@ class LLM:
         return [done[request_id] for request_id in ids]
 
     def _step(self) -> None:
-        with _interrupts_held():
+        with interrupts_held():
             for output in self.engine.step():
                 self._unread[output.request_id] = output
 
     def _forget(self, ids: Sequence[str]) -> None:
         """Abort what is not finished."""
-        with _interrupts_held():
+        with interrupts_held():
             for request_id in ids:
                 self.engine.abort(request_id)
                 self._unread.pop(request_id, None)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait: half a step leaves no usable cache, half a request no usable queue."""
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield
-        return
-    held: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-        if held:
-            usual(*held[0])
 
 
 def parse_prompt(prompt: Prompt, engine: Engine) -> tuple[str | None, Sequence[int], str | None]:
@@ -277,7 +258,7 @@ def parse_prompt(prompt: Prompt, engine: Engine) -> tuple[str | None, Sequence[i
         ids = text if prompt.get("prompt_token_ids") is None else prompt["prompt_token_ids"]
     if isinstance(ids, str):
         return ids, engine.tokenizer.encode(ids), salt
-    if isinstance(ids, Sequence | np.ndarray) and all(isinstance(t, numbers.Integral) for t in ids):
+    if isinstance(ids, Sequence | np.ndarray) and _all_integers(ids):
         return text, ids, salt  # pyright: ignore[reportReturnType]
     raise InvalidRequestError(
         f"a prompt is text, token ids or a mapping of these, got {prompt!r:.100}", "prompt"
@@ -289,6 +270,11 @@ def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]  # pyright: ignore[reportReturnType]
     many: list[Any] = list(prompts)
-    if many and all(isinstance(p, numbers.Integral) for p in many):
+    if many and _all_integers(many):
         return [many]
     return many
+
+
+def _all_integers(values: Iterable[Any]) -> bool:
+    """Ask each type once: asking a thousand tokens costs as much as the rest of a request."""
+    return all(issubclass(kind, numbers.Integral) for kind in set(map(type, values)))

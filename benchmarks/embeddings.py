@@ -24,11 +24,25 @@ from arctic_jax.embedding.packing import Packer
 from arctic_jax.encoder_batch import pack
 from arctic_jax.serving.environment import record
 
-WORDS = "the of river stone and to light in green walk old house river window that paper".split()
+WORDS = (
+    "the",
+    "of",
+    "river",
+    "stone",
+    "and",
+    "to",
+    "light",
+    "in",
+    "green",
+    "old",
+    "house",
+    "paper",
+)
 MIXED = 0  # instead of a length
 
 
 def main() -> None:
+    """Measure every case, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="minilm-l6")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 50, 128, 256, MIXED])

@@ -22,7 +22,7 @@ from offline import Bench, write
 
 from arctic_jax import LLM, __version__
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path("benchmarks") / "configs"
 
 
 def main() -> None:

@@ -229,7 +229,7 @@ class Attention(PagedAttention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if norm else None
 
-    def __call__(
+    def project(
         self,
         x: Array,
         delta: Array,
@@ -240,9 +240,9 @@ class Attention(PagedAttention):
         v_cache: Array,
         layout: MeshLayout,
     ) -> tuple[Array, Array, Array, Array]:
-        """`x` and `delta [T/SP, hidden]` to their sum and the attention of its norm.
+        """`x` and `delta [T/SP, hidden]` to their sum and the queries `[T, heads/P, head_dim]`.
 
-        With the layer's caches after the write.
+        With the layer's caches, into which keys and values have been written.
         """
         weight, bias = self.qkv[...], None if self.qkv_bias is None else self.qkv_bias[...]
         x, qkv = norm.linear(x, delta, weight, bias)
@@ -264,8 +264,7 @@ class Attention(PagedAttention):
             **norms,
             implementation=self.implementation,
         )
-        out = self.attend(q, batch, k_cache, v_cache, layout)
-        return x, out, k_cache, v_cache
+        return x, q, k_cache, v_cache
 
 
 class GatedMLP(nnx.Module):

@@ -61,17 +61,25 @@ class DecoderLayer(nnx.Module):
         k_cache: Array,
         v_cache: Array,
         layout: MeshLayout,
+        *,
+        narrows: bool,
     ) -> tuple[Array, Array, Array, Array]:
-        """`x` and `delta [T/SP, hidden]` of this layer to those of the next, with its caches."""
-        x, delta, k_cache, v_cache = self.attention(
+        """`x` and `delta [T/SP, hidden]` of this layer to those of the next, with its caches.
+
+        If the batch narrows here, to `[R, hidden]`: of the other tokens, keys and values suffice.
+        """
+        x, q, k_cache, v_cache = self.attention.project(
             x, delta, self.attention_norm, rope, batch, k_cache, v_cache, layout
         )
+        if narrows:
+            (q, _), (x, batch) = narrow(q, batch), narrow(x, batch)
+        delta = self.attention.attend(q, batch, k_cache, v_cache, layout)
         x, delta = self.mlp(x, delta, self.mlp_norm, layout)
         return x, delta, k_cache, v_cache
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.
-_run_layer = jax.jit(DecoderLayer.__call__, static_argnames="layout")
+_run_layer = jax.jit(DecoderLayer.__call__, static_argnames=("layout", "narrows"))
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -125,16 +133,29 @@ class LlamaForCausalLM(nnx.Module):
         x = self.embed(batch.token_ids, layout)
         delta = jnp.zeros_like(x)
         k_caches, v_caches = list(cache.k), list(cache.v)
+        early = self._narrows_in_last_layer(batch, layout)
         for i, layer in enumerate(self.layers):
             x, delta, k_caches[i], v_caches[i] = _run_layer(
-                layer, x, delta, rope, batch, k_caches[i], v_caches[i], layout=layout
+                *(layer, x, delta, rope, batch, k_caches[i], v_caches[i]),
+                layout=layout,
+                narrows=early and i + 1 == len(self.layers),
             )
-        x, cache = layout.gather_tokens(x + delta), KVCache(tuple(k_caches), tuple(v_caches))
-        cache = self.fill_upper_cache(x, rope, batch, cache)
-        x, batch = narrow(x, batch)
-        x = self.run_upper_layers(x, batch, cache, layout.narrow)
+        x, cache = x + delta, KVCache(tuple(k_caches), tuple(v_caches))
+        if not early:
+            x = layout.gather_tokens(x)
+            cache = self.fill_upper_cache(x, rope, batch, cache)
+            x, batch = narrow(x, batch)
+            x = self.run_upper_layers(x, batch, cache, layout.narrow)
         logits = (self.lm_head or self.embed).logits(self.norm(x), layout)
         return logits, cache
+
+    def _narrows_in_last_layer(self, batch: ForwardBatch, layout: MeshLayout) -> bool:
+        """Whether the last of all layers need not attend for the tokens without a row.
+
+        Their results would be used by nobody. Not where a device has only some of the tokens.
+        """
+        is_last = len(self.layers) == self.config.num_hidden_layers
+        return is_last and not layout.tokens and len(batch.logit_rows) < len(batch.token_ids)
 
     def fill_upper_cache(
         self, x: Array, rope: tuple[Array, Array], batch: ForwardBatch, cache: KVCache

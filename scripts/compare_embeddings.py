@@ -22,7 +22,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "the of river stone and to light in green walk old house river window that paper".split()
+WORDS = (
+    "the",
+    "of",
+    "river",
+    "stone",
+    "and",
+    "to",
+    "light",
+    "in",
+    "green",
+    "old",
+    "house",
+    "paper",
+)
 CASES = ("mixed lengths", "one text at a time", "equal lengths")
 
 

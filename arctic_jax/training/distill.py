@@ -25,6 +25,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arctic_jax.config import LoadConfig, ModelConfig
+from arctic_jax.interrupts import interrupts_held
 from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
@@ -128,6 +129,8 @@ def distill(
 ) -> None:
     """Train a student and write it; a run that was killed goes on where it last saved.
 
+    Ctrl-C saves, and writes the student's own tensors as they are.
+
     In the directory: `log.jsonl`, a line a step; `loss.png`, if matplotlib is there; the student's
     own tensors in bfloat16, `swiftkv.safetensors`; and `model/`, the student as a model.
 
@@ -153,9 +156,13 @@ def distill(
     rows = data.read_rows(data_file, files.tokenizer, recipe.max_length)
     directory.mkdir(parents=True, exist_ok=True)
     _settle(directory / SETTINGS, {**asdict(recipe), "model": load.model, "rows": len(rows)})
-    own = Training(files, config, rows, directory, recipe).run(report, on_step)
+    training = Training(files, config, rows, directory, recipe)
+    interrupted = training.run(report, on_step)
+    own = training.own()
     _plot(directory)
     swiftkv_checkpoint.save_own(own, directory / OWN)
+    if interrupted:
+        raise interrupted
     if not (directory / MODEL).exists():
         swiftkv_checkpoint.write_student(files, student, own, directory / MODEL, load.dtype, report)
 
@@ -204,23 +211,38 @@ class Training:
         }
         self._step = jax.jit(self._train_step, donate_argnums=0)
 
-    def run(self, report: Report, on_step: Progress) -> dict[str, np.ndarray[Any, Any]]:
-        """Train to the end; return the student's own tensors, float32."""
+    def own(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the student's own tensors as they are now, float32."""
+        return {name: np.asarray(value) for name, value in self.state["own"].items()}
+
+    def run(self, report: Report, on_step: Progress) -> KeyboardInterrupt | None:
+        """Train to the end, or until Ctrl-C, which is returned when the state has been saved."""
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         folder = (self.directory / "checkpoints").absolute()
         with ocp.CheckpointManager(folder, options=options) as manager:
             first = self._resume(manager)
             order = data.batches(len(self.rows), self.recipe.batch_size, self.recipe.seed)
             with (self.directory / LOG).open("a", encoding="utf-8") as log:
-                for step, rows in enumerate(itertools.islice(order, first, self.steps), first):
-                    line = self._logged_step(step, rows)
-                    log.write(json.dumps(line) + "\n")
-                    log.flush()
-                    on_step(line)
-                    report("Distilling", step + 1, self.steps)
-                    if (step + 1) % self.recipe.save_every == 0 or step + 1 == self.steps:
-                        manager.save(step + 1, args=ocp.args.StandardSave(self.state))
-        return {name: np.asarray(value) for name, value in self.state["own"].items()}
+                done, interrupted = first, None
+                try:
+                    for rows in itertools.islice(order, first, self.steps):
+                        with interrupts_held():
+                            line = self._logged_step(done, rows)
+                            log.write(json.dumps(line) + "\n")
+                            log.flush()
+                            done += 1
+                        on_step(line)
+                        report("Distilling", done, self.steps)
+                        if done % self.recipe.save_every == 0:
+                            self._save(manager, done)
+                except KeyboardInterrupt as interrupt:
+                    interrupted = interrupt
+                self._save(manager, done)
+        return interrupted
+
+    def _save(self, manager: ocp.CheckpointManager, done: int) -> None:
+        if done and manager.latest_step() != done:
+            manager.save(done, args=ocp.args.StandardSave(self.state))
 
     def _resume(self, manager: ocp.CheckpointManager) -> int:
         """Restore the last checkpoint; return the first step to do, and forget later log lines."""
@@ -324,7 +346,7 @@ def _settle(path: Path, settings: Mapping[str, Any]) -> None:
 def _plot(directory: Path) -> None:
     """Draw the loss over the tokens."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
         logger.info("without matplotlib there is no %s", PLOT)
         return

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 model=${MODEL:-smollm2-135m-instruct}
 layers=${LAYERS:-15} group=${GROUP:-1}
 answers=${ANSWERS:-1} limit=${LIMIT:-20000} max_tokens=${MAX_TOKENS:-512}
-epochs=${EPOCHS:-4} steps=${STEPS:-} batch=${BATCH:-16} length=${LENGTH:-1024} rate=${RATE:-1e-3}
+epochs=${EPOCHS:-4} steps=${STEPS:-} batch=${BATCH:-16} length=${LENGTH:-1024} rate=${RATE:-2e-3}
 schedule=${SCHEDULE:-cosine}
 # The hidden states of this model have a few huge entries: at 1.0 their error would be 70 times the
 # divergence at the beginning.
@@ -40,9 +40,13 @@ timeout --signal=INT "$distillation_s" bash -c "$(declare -f arctic); arctic \"\
     swiftkv distill "$model" "$work/text.jsonl" "$work/run" \
     --num-key-value-layers "$layers" --key-value-group-size "$group" \
     --epochs "$epochs" ${steps:+--steps "$steps"} --batch-size "$batch" --max-length "$length" \
-    --learning-rate "$rate" --schedule "$schedule" --hidden-weight "$hidden_weight" --dtype "$dtype" --save-every 200
+    --learning-rate "$rate" --schedule "$schedule" --hidden-weight "$hidden_weight" \
+    --dtype "$dtype" --save-every 200 || echo "stopped early: what was learned so far is compared"
 cp "$work/run/swiftkv.safetensors" "$work/run/log.jsonl" "$work/run/settings.json" "$OUT/"
 [[ -f $work/run/loss.png ]] && cp "$work/run/loss.png" "$OUT/"
+[[ -d $work/run/model ]] || arctic swiftkv convert "$model" "$work/run/model" --dtype "$dtype" \
+    --num-key-value-layers "$layers" --key-value-group-size "$group" \
+    --parameters "$work/run/swiftkv.safetensors"
 step "comparison on what was held back"
 arctic evaluate --model "$work/run/model" --teacher "$model" --data "$work/held_back.jsonl" \
     --dtype "$dtype" --max-length "$length" --out "$OUT/evaluation.json"

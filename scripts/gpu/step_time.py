@@ -9,7 +9,6 @@ started one after the other without reading their results.
 
 import argparse
 import datetime
-import functools
 import json
 import logging
 import statistics
@@ -42,15 +41,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prefill", type=int, help="with --trace: tokens of a prefill step")
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--compiler-options", default="{}", help="JSON, for the step programs")
     parser.add_argument("--trace", action="store_true", help="profile the steps, into OUT")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    compiler_options = json.loads(args.compiler_options)
-    jax.stages.Lowered.compile = functools.partialmethod(
-        jax.stages.Lowered.compile, compiler_options
-    )
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level, options.host_tracer_level = 0, 3
     llm = LLM(
@@ -123,7 +117,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "model": args.model,
         "context": args.context,
-        "weight_bytes": sum(leaf.nbytes for leaf in runner.leaves),
+        "weight_bytes": sum(leaf.nbytes for leaf in runner.leaves[runner.layouts[-1]]),
         "cache_bytes_per_token": runner.cache_spec.bytes_per_block // runner.cache_spec.block_size,
         "rows": rows,
     }

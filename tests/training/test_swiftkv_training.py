@@ -372,6 +372,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
         np.testing.assert_array_equal(tensor, students[1][name])
 
 
+def test_an_interrupted_run_keeps_what_it_has(base: Path, text: Path, tmp_path: Path) -> None:
+    """Ctrl-C after step 4, not a step of which a checkpoint is due."""
+
+    def on_step(line: Any) -> None:
+        if line["step"] == 4:
+            raise KeyboardInterrupt
+
+    out, load = tmp_path / "interrupted", LoadConfig(model=str(base))
+    with pytest.raises(KeyboardInterrupt):
+        distill(load, text, out, recipe_of(), on_step=on_step)
+    assert load_file(out / "swiftkv.safetensors")
+    assert not (out / "model").exists()
+    resumed: list[Any] = []
+    distill(load, text, out, recipe_of(), on_step=resumed.append)
+    assert [line["step"] for line in resumed] == [5, 6, 7]
+    assert (out / "model").exists()
+
+
 def test_another_recipe_does_not_go_on(base: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({"batch_size": 16}))
     with pytest.raises(ValueError, match=r"begun with other settings: .*'batch_size': \(16, 8\)"):
