@@ -1,4 +1,7 @@
-"""`LLM`: a model in this process, for scripts and notebooks. Names and defaults are vLLM's."""
+"""`LLM`: a model in this process, for scripts and notebooks. Names and defaults are vLLM's.
+
+One that generates has an `engine`, one that embeds an `embedder`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import itertools
 import numbers
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from arctic_jax.config import DEFAULT_MODEL, EngineConfig
+from arctic_jax.embedding.embedder import Embedder, EmbeddingParams
+from arctic_jax.embedding.text_encoder import Text
 from arctic_jax.engine.replicas import Engine, make_engine
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.interrupts import interrupts_held
+from arctic_jax.loading.model_files import open_model
+from arctic_jax.models.registry import is_encoder
 from arctic_jax.progress import Report, bars
 from arctic_jax.request import RequestOutput, RequestOutputKind, SamplingParams
 
@@ -24,7 +31,7 @@ FINAL_ONLY = RequestOutputKind.FINAL_ONLY
 
 
 class LLM:
-    """A language model that generates text from prompts.
+    """A language model that generates text from prompts, or one that embeds texts.
 
     Args:
         model: a directory, a GGUF file, a hub id, or an alias (`arctic-jax models list`).
@@ -42,8 +49,15 @@ class LLM:
     ) -> None:
         config = EngineConfig.from_keywords(model=str(model), **options)
         self._progress = progress
+        self._config = config
+        self._engine: Engine | None = None
+        self._embedder: Embedder | None = None
         with bars(progress) as report:
-            self.engine = make_engine(config, report)
+            files = open_model(config.load, report)
+            if is_encoder(files.config):
+                self._embedder = Embedder(config, report, files)
+            else:
+                self._engine = make_engine(config, report, files)
         self._ids = itertools.count()
         # The newest state of each request that its caller has not looked at yet: a stream may be
         # read while another one, or a call of `generate`, runs the steps.
@@ -140,19 +154,62 @@ class LLM:
         finally:
             self._forget([request_id])
 
-    def encode(self, *_: Any, **__: Any) -> list[Any]:
-        """Refuse: this class of models generates.
+    @property
+    def engine(self) -> Engine:
+        """What generates.
 
         Raises:
-            ValueError: always.
+            ValueError: the model embeds.
         """
-        raise ValueError(f"{self.engine.config.load.model} is not an embedding model")
+        if self._engine is None:
+            raise ValueError(f"{self._config.load.model} is an embedding model: use LLM.embed")
+        return self._engine
 
-    embed = encode
+    @property
+    def embedder(self) -> Embedder:
+        """What embeds.
+
+        Raises:
+            ValueError: the model generates.
+        """
+        if self._embedder is None:
+            raise ValueError(f"{self._config.load.model} is not an embedding model")
+        return self._embedder
+
+    def embed(
+        self,
+        texts: Text | Sequence[Text],
+        *,
+        use_tqdm: bool = True,
+        on_error: Literal["raise", "nan"] = "raise",
+        **params: Any,
+    ) -> np.ndarray:
+        """Return a vector for each text, in their order: float32 `[texts, dimensions]`.
+
+        Args:
+            texts: one or many, as text or token ids.
+            use_tqdm: show a progress bar.
+            on_error: see `Embedder.embed`.
+            params: fields of `EmbeddingParams`: `prompt_name`, `prompt`, `truncate`, `dimensions`.
+
+        Raises:
+            ValueError: the model generates.
+            InvalidRequestError: a text cannot be embedded, or a parameter is out of range.
+        """
+        embedder = self.embedder
+        with bars(use_tqdm and self._progress) as report:
+            return embedder.embed(
+                _as_list(texts),  # pyright: ignore[reportArgumentType]
+                EmbeddingParams(**params),
+                on_error=on_error,
+                report=report,
+            )
+
+    encode = embed
 
     def get_tokenizer(self) -> Any:
         """Return the model's `transformers` tokenizer."""
-        return self.engine.tokenizer.hf
+        return (self._embedder or self.engine).tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the defaults of the model's `generation_config.json`."""

@@ -83,8 +83,11 @@ def make_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarr
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a checkpoint of this config holds."""
     architecture = config["architectures"][0]
+    if architecture in _ENCODERS:
+        return _encoder_shapes(config)
     if architecture not in _BIASED:
-        raise UnsupportedModelError(f"{architecture!r} is not one of {', '.join(_BIASED)}")
+        known = ", ".join([*_BIASED, *_ENCODERS])
+        raise UnsupportedModelError(f"{architecture!r} is not one of {known}")
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
@@ -153,6 +156,35 @@ def _mixture_shapes(config: Mapping[str, Any], layer: int) -> dict[str, tuple[in
     return shapes
 
 
+_ENCODERS = ("BertModel", "RobertaModel", "XLMRobertaModel")
+
+
+def _encoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of BERT and its like."""
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
+    }
+    norms = ["embeddings.LayerNorm"]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"encoder.layer.{layer}."
+        norms += [f"{prefix}attention.output.LayerNorm", f"{prefix}output.LayerNorm"]
+        matrices = {
+            "attention.self.query": (hidden, hidden),
+            "attention.self.key": (hidden, hidden),
+            "attention.self.value": (hidden, hidden),
+            "attention.output.dense": (hidden, hidden),
+            "intermediate.dense": (ffn, hidden),
+            "output.dense": (hidden, ffn),
+        }
+        for name, shape in matrices.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            shapes[f"{prefix}{name}.bias"] = shape[:1]
+    return shapes | {f"{name}.{kind}": (hidden,) for name in norms for kind in ("weight", "bias")}
+
+
 _QKV = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
 _BIASED = {  # projections with a bias whatever the config says
     "LlamaForCausalLM": frozenset[str](),
@@ -172,10 +204,10 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any
     values = (2 * random.random_sample(shape) - 1) * math.sqrt(3)  # deviation 1
     if len(shape) == 1:
         # Norms differ from one and biases from zero, or leaving them out would go unnoticed.
-        values = 0.3 * values + (1 if "norm" in name else 0)
+        values = 0.3 * values + (1 if "norm" in name or name.endswith("LayerNorm.weight") else 0)
     elif "embed" not in name:
         # Sharper attention than an untrained model's: a wrong position or mask must show.
-        gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+        gain = 1.5 if re.search("q_proj|k_proj|query|key", name) else 1.0
         values *= gain / math.sqrt(shape[1])
     return values.astype(np.float32)
 

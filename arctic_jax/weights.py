@@ -99,6 +99,20 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Transposed:
+    """Matrices `[out, in]` transposed, side by side: `[in, outs]`; or biases one after another."""
+
+    names: tuple[str, ...]
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """See `Source`."""
+        if len(checkpoint.shape(self.names[0])) == 1:
+            return np.concatenate([checkpoint.read(name) for name in self.names])[start:stop]
+        rows = slice(start, stop)
+        return np.concatenate([checkpoint.read(name, columns=rows) for name in self.names]).T
+
+
+@dataclass(frozen=True)
 class QKV:
     """Query, key and value projections (or their biases) fused by key/value group.
 

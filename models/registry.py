@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from arctic_jax.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from arctic_jax.models.bert import BertModel
     from arctic_jax.models.llama import LlamaForCausalLM
 
 ARCHITECTURES = {
@@ -21,6 +22,15 @@ ARCHITECTURES = {
     "Qwen2SwiftKVForCausalLM": "qwen2_swiftkv:Qwen2SwiftKVForCausalLM",
 }
 
+ENCODERS = {
+    "BertModel": "bert:BertModel",
+    "BertForMaskedLM": "bert:BertModel",
+    "RobertaModel": "xlm_roberta:XLMRobertaModel",
+    "XLMRobertaModel": "xlm_roberta:XLMRobertaModel",
+    "XLMRobertaForMaskedLM": "xlm_roberta:XLMRobertaModel",
+}
+"""Models that turn a text into a vector."""
+
 
 def model_class(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:
     """Return the class for a Hugging Face config, importing only its module.
@@ -28,11 +38,29 @@ def model_class(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:
     Raises:
         UnsupportedModelError: no row for any of the config's `architectures`.
     """
+    return _find(config, ARCHITECTURES)
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a Hugging Face config is that of a model in `ENCODERS`."""
+    return any(name in ENCODERS for name in config.get("architectures") or [])
+
+
+def encoder_class(config: Mapping[str, Any]) -> type[BertModel]:
+    """Return the encoder for a Hugging Face config, importing only its module.
+
+    Raises:
+        UnsupportedModelError: no row for any of the config's `architectures`.
+    """
+    return _find(config, ENCODERS)
+
+
+def _find(config: Mapping[str, Any], table: Mapping[str, str]) -> Any:
     names = config.get("architectures") or []
     for name in names:
-        if name in ARCHITECTURES:
-            module, _, cls = ARCHITECTURES[name].partition(":")
+        if name in table:
+            module, _, cls = table[name].partition(":")
             return getattr(importlib.import_module(f"arctic_jax.models.{module}"), cls)
     raise UnsupportedModelError(
-        f"architectures {names} are not supported; supported: {sorted(ARCHITECTURES)}"
+        f"architectures {names} are not supported; supported: {sorted(ARCHITECTURES | ENCODERS)}"
     )

@@ -1,9 +1,12 @@
 """Store what `transformers` computes, for the tests to compare with. Needs torch; run by hand.
 
     python scripts/make_goldens.py tiny --out tests/goldens
+    python scripts/make_goldens.py encoders --out tests/goldens
     python scripts/make_goldens.py greedy --model DIR --prompts DIR --out tests/goldens
+    python scripts/make_goldens.py sentences --model DIR --prompts DIR --out tests/goldens
 
 `--model` is what `resolve_model("smollm2-135m-instruct-q4_1")` (`arctic_jax/loading/hub.py`) gives;
+for `sentences`, which needs sentence-transformers, what `resolve_model("minilm-l6")` gives.
 `--prompts` holds gsm8k_test.jsonl, humaneval.jsonl and spec_bench.jsonl of those projects. Float32
 on a CPU throughout. `arctic_jax` itself must be importable, but nothing of it that needs JAX is.
 """
@@ -69,6 +72,40 @@ def make_tiny(out: Path) -> None:
         arrays[f"{name}/logits"] = logits.astype(np.float32)
         print(f"{name:28} {type(model).__name__:22} deviation of the logits {logits.std():.2f}")
     np.savez_compressed(out / "tiny_logits.npz", **arrays)
+
+
+def make_encoders(out: Path) -> None:
+    """Hidden states of every case of tests/models/encoder_cases.py for texts of several lengths."""
+    load_module("arctic_jax.errors", ROOT / "arctic_jax" / "errors.py")
+    testing = load_module("arctic_jax.testing", ROOT / "arctic_jax" / "testing.py")
+    cases = load_module("encoder_cases", ROOT / "tests" / "models" / "encoder_cases.py")
+    arrays = {}
+    for i, (name, config) in enumerate(cases.CASES.items()):
+        random = np.random.RandomState(i)
+        with tempfile.TemporaryDirectory() as directory:
+            path = testing.write_checkpoint(directory, config, cases.SEED)
+            model = load_encoder(path)
+        for length in cases.LENGTHS:
+            # From 4 on: transformers counts a XLM-R text's positions without its padding tokens.
+            text = random.randint(4, cases.VOCAB_SIZE, length)
+            with torch.no_grad():
+                hidden = model(torch.tensor(text)[None]).last_hidden_state[0].numpy()
+            arrays[f"{name}/{length}/token_ids"] = text.astype(np.int32)
+            arrays[f"{name}/{length}/hidden"] = hidden.astype(np.float32)
+        print(f"{name:28} {type(model).__name__}")
+    np.savez_compressed(out / "tiny_encoders.npz", **arrays)
+
+
+def load_encoder(directory: Path) -> Any:
+    """Without the pooler, which sentence embeddings do not use and many checkpoints do not have."""
+    model = transformers.AutoModel.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        add_pooling_layer=False,
+        local_files_only=True,
+    )
+    return model.eval()
 
 
 PLAIN = (
@@ -156,9 +193,39 @@ def make_greedy(directory: Path, folder: Path, out: Path) -> None:
     (out / "smollm2_prompts.json").write_text(text + "\n", "utf-8")
 
 
+def sentences(folder: Path) -> list[str]:
+    """100 texts: questions, code, other languages, none at all, and more than the model takes."""
+
+    def rows(file: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / file).read_text("utf-8").splitlines()]
+
+    gsm8k, code, bench = rows("gsm8k_test.jsonl"), rows("humaneval.jsonl"), rows("spec_bench.jsonl")
+    found = [*PLAIN, "", " ", "a", "naïve café\u0301 \U0001f9d1\u200d\U0001f680", "Привет, мир!"]
+    found += [row["question"] for row in gsm8k[:40]]
+    found += [row["prompt"] for row in code[:15]]
+    found += [row["turns"][0] for row in bench[::16][:28]]
+    found += [" ".join(row["question"] for row in gsm8k[40:60]), "word " * 255]
+    return found
+
+
+def make_sentences(directory: Path, folder: Path, out: Path) -> None:
+    """Vectors of 100 real sentences by sentence-transformers, one at a time."""
+    import sentence_transformers
+
+    print(f"sentence-transformers {sentence_transformers.__version__}")
+    model = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    found = sentences(folder)
+    vectors = np.stack([model.encode(text) for text in found]).astype(np.float32)
+    lengths = [len(model.tokenize([text])["input_ids"][0]) for text in found]
+    print(f"{len(found)} sentences of {min(lengths)} to {max(lengths)} tokens, {vectors.shape}")
+    np.savez_compressed(out / "minilm_vectors.npz", vectors=vectors, lengths=lengths)
+    text = json.dumps(found, ensure_ascii=False, indent=0)
+    (out / "minilm_sentences.json").write_text(text + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("tiny", "greedy"))
+    parser.add_argument("what", choices=("tiny", "encoders", "greedy", "sentences"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "goldens")
@@ -168,8 +235,12 @@ def main() -> None:
     print(versions)
     if arguments.what == "tiny":
         make_tiny(arguments.out)
+    elif arguments.what == "encoders":
+        make_encoders(arguments.out)
     elif arguments.model is None or arguments.prompts is None:
-        parser.error("greedy needs --model and --prompts")
+        parser.error(f"{arguments.what} needs --model and --prompts")
+    elif arguments.what == "sentences":
+        make_sentences(arguments.model, arguments.prompts, arguments.out)
     else:
         make_greedy(arguments.model, arguments.prompts, arguments.out)
 

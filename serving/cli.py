@@ -1,4 +1,4 @@
-"""The command line `arctic-jax`: generate, chat, convert, bench, swiftkv, evaluate, models, env.
+"""The command line `arctic-jax`: generate, chat, embed, convert, bench, swiftkv, evaluate, ...
 
 Runs in the user's terminal; everything it does goes through `LLM`. JAX and transformers are
 imported inside the commands, so that `--help` answers at once.
@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from arctic_jax.serving import bench, training
+from arctic_jax.serving import bench, embedding, training
 from arctic_jax.serving.options import command, make_llm, show_log, stderr, stdout
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(training.app, name="swiftkv")
 command(app, "evaluate")(training.evaluate)
+command(app, "embed")(embedding.embed)
 
 
 def main() -> None:
@@ -184,7 +185,7 @@ def list_models() -> None:
     for alias, meaning in hub.ALIASES.items():
         aliases.add_row(alias, meaning)
     architectures = Table("architecture", "implemented in", title="Architectures")
-    for name, where in registry.ARCHITECTURES.items():
+    for name, where in (registry.ARCHITECTURES | registry.ENCODERS).items():
         architectures.add_row(name, where)
     stdout.print(aliases, architectures)
 

@@ -15,7 +15,7 @@ import jax
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.engine.step_log import StepLog
-from arctic_jax.loading.model_files import open_model
+from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.progress import Report, silent
 from arctic_jax.request import RequestOutput, SamplingParams
 from arctic_jax.spec_decode.proposer import SpeculationStats
@@ -27,13 +27,16 @@ class ReplicatedEngine:
     Args:
         config: what the user set; `data_parallel_size` engines are made.
         report: told how far downloading, loading and compiling are.
+        files: an opened model, for those who have one; else `config.load.model` is resolved.
 
     Raises:
         ValueError: there are fewer devices than the engines need; the message holds the numbers.
         ModelNotFoundError, UnsupportedModelError, CheckpointError: see `arctic_jax.errors`.
     """
 
-    def __init__(self, config: EngineConfig, report: Report = silent) -> None:
+    def __init__(
+        self, config: EngineConfig, report: Report = silent, files: ModelFiles | None = None
+    ) -> None:
         count, each = config.parallel.data_parallel_size, config.parallel.num_devices
         devices = jax.devices()
         if len(devices) < count * each:
@@ -42,7 +45,7 @@ class ReplicatedEngine:
                 f"there are {len(devices)}"
             )
         self.config = config
-        self.files = open_model(config.load, report)
+        self.files = files or open_model(config.load, report)
         self.engines = [
             EngineCore(config, report, self.files, devices[i * each : (i + 1) * each], replica=i)
             for i in range(count)
@@ -134,12 +137,14 @@ class ReplicatedEngine:
 Engine = EngineCore | ReplicatedEngine
 
 
-def make_engine(config: EngineConfig, report: Report = silent) -> Engine:
-    """Make the engine that `config` asks for.
+def make_engine(
+    config: EngineConfig, report: Report = silent, files: ModelFiles | None = None
+) -> Engine:
+    """Make the engine that `config` asks for, of an opened model or of `config.load.model`.
 
     Raises:
         See `EngineCore` and `ReplicatedEngine`.
     """
     if config.parallel.data_parallel_size > 1:
-        return ReplicatedEngine(config, report)
-    return EngineCore(config, report)
+        return ReplicatedEngine(config, report, files)
+    return EngineCore(config, report, files)

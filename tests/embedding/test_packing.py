@@ -1,0 +1,98 @@
+"""Batches of texts: nothing lost, nothing doubled, nothing too long, and little padding."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arctic_jax.embedding.packing import Packer, Plan, bucket_ladder, cost
+
+LADDER = bucket_ladder(1024, 512)
+
+
+def plans_of(lengths: Sequence[int], rest: bool = True) -> list[Plan]:
+    packer = Packer(LADDER)
+    packer.add(enumerate(lengths))
+    plans = []
+    while plan := packer.take(rest=rest):
+        plans.append(plan)
+    return plans
+
+
+def check(plans: Sequence[Plan], lengths: Sequence[int]) -> None:
+    numbers = [number for plan in plans for number in plan.lengths]
+    assert len(numbers) == len(set(numbers))
+    for plan in plans:
+        assert plan.bucket in LADDER
+        assert len(plan.windows) == plan.bucket.num_windows
+        assert 1 <= len(plan.lengths) <= plan.bucket.max_segments
+        assert list(plan.lengths) == [number for window in plan.windows for number in window]
+        for window in plan.windows:
+            assert sum(lengths[number] for number in window) <= plan.bucket.window
+
+
+@given(st.lists(st.integers(1, 512), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_every_text_is_in_one_batch(lengths: list[int]) -> None:
+    plans = plans_of(lengths)
+    check(plans, lengths)
+    assert {n for plan in plans for n in plan.lengths} == set(range(len(lengths)))
+
+
+@given(st.lists(st.integers(1, 512), max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_only_full_batches_without_the_rest(lengths: list[int]) -> None:
+    plans = plans_of(lengths, rest=False)
+    check(plans, lengths)
+    left = sum(lengths) - sum(sum(plan.lengths.values()) for plan in plans)
+    assert left < 1024
+
+
+def share_of_padding(lengths: Sequence[int]) -> float:
+    return 1 - sum(lengths) / sum(plan.bucket.num_tokens for plan in plans_of(lengths))
+
+
+def test_mixed_lengths_leave_little_padding() -> None:
+    random = np.random.default_rng(0)
+    lengths = np.clip(np.exp(random.normal(np.log(80), 0.9, 2000)), 16, 512).astype(int).tolist()
+    assert share_of_padding(lengths) < 0.03
+
+
+@pytest.mark.parametrize("length", [16, 50, 64, 70, 100, 128, 256, 384, 512])
+def test_equal_lengths_leave_little_padding(length: int) -> None:
+    # Most at 70, each in a window of 96: so few keys to attend to are worth it.
+    assert share_of_padding([length] * 1000) < 0.28
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 16), (16, 16), (17, 32), (50, 64), (400, 512)])
+def test_one_text_takes_the_smallest_window(length: int, window: int) -> None:
+    (plan,) = plans_of([length])
+    assert (plan.bucket.window, plan.bucket.num_windows) == (window, 1)
+
+
+def test_a_removed_text_is_in_no_batch() -> None:
+    packer = Packer(LADDER)
+    packer.add([(0, 5), (1, 5), (2, 9)])
+    packer.remove(1, 5)
+    packer.remove(2, 9)
+    packer.remove(7, 9)  # never was there
+    assert len(packer) == 1
+    assert list(packer.take(rest=True).lengths) == [0]
+    assert packer.take(rest=True) is None
+
+
+def test_a_text_longer_than_every_window_is_an_error() -> None:
+    with pytest.raises(ValueError, match="513 tokens"):
+        plans_of([513])
+
+
+@pytest.mark.parametrize("max_length", [40, 256, 512, 8192])
+@pytest.mark.parametrize("max_tokens", [64, 1024, 16384])
+def test_the_shapes_are_few_and_hold_the_longest_text(max_tokens: int, max_length: int) -> None:
+    ladder = bucket_ladder(max_tokens, max_length)
+    assert len(ladder) <= 70
+    assert list(map(cost, ladder)) == sorted(map(cost, ladder))
+    assert max(bucket.window for bucket in ladder) >= max_length
+    assert all(b.num_tokens <= max(max_tokens, b.window) for b in ladder)

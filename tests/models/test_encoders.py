@@ -1,0 +1,99 @@
+"""Every encoder against the hidden states of `transformers`; packed as well as alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import encoder_cases
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from arctic_jax import weights
+from arctic_jax.encoder_batch import EncoderBucket, pack, unpack
+from arctic_jax.errors import UnsupportedModelError
+from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.models.bert import BertModel
+from arctic_jax.models.layers import named_parameters
+from arctic_jax.models.registry import ENCODERS, encoder_class
+from arctic_jax.shift_parallel import make_mesh
+from arctic_jax.testing import write_checkpoint
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny_encoders.npz"
+BERT = encoder_cases.CASES["bert"]
+
+
+def load(directory: Path, config: dict) -> BertModel:
+    """The model alone: no engine."""
+    cls = encoder_class(config)
+    model = nnx.eval_shape(lambda: cls(cls.config_from_hf(config)))
+    parameters = {
+        path: weights.ParameterSpec(variable.shape, np.dtype(np.float32), PartitionSpec())
+        for path, variable in named_parameters(model).items()
+    }
+    placed = weights.load(
+        parameters, model.weight_sources(), SafetensorsCheckpoint(directory), make_mesh(1, 1)
+    )
+    return jax.tree.unflatten(jax.tree.structure(model), placed.values())
+
+
+def hidden_states(
+    model: BertModel, windows: Sequence[Sequence[Sequence[int]]], bucket: EncoderBucket
+) -> list[np.ndarray]:
+    """Those of each sequence, in their order."""
+    run = jax.jit(lambda model, packed: model(unpack(packed, bucket), bucket.window))
+    packed = pack(windows, bucket)
+    hidden, batch = np.asarray(run(model, packed)), unpack(packed, bucket)
+    count = sum(map(len, windows))
+    return [hidden[np.asarray(batch.segment_ids) == row] for row in range(count)]
+
+
+@pytest.mark.parametrize("name", encoder_cases.CASES)
+def test_hidden_states_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    goldens = np.load(GOLDENS)
+    config = encoder_cases.CASES[name]
+    model = load(write_checkpoint(tmp_path, config, encoder_cases.SEED), config)
+    texts = [goldens[f"{name}/{length}/token_ids"] for length in encoder_cases.LENGTHS]
+    expected = [goldens[f"{name}/{length}/hidden"] for length in encoder_cases.LENGTHS]
+    packed = hidden_states(
+        model, [texts[:1] + texts[2:3], texts[3:], texts[1:2]], EncoderBucket(48, 4)
+    )
+    for text, wanted, together in zip(
+        texts, expected, [packed[0], packed[3], packed[1], packed[2]], strict=True
+    ):
+        (alone,) = hidden_states(model, [[text]], EncoderBucket(40, 1))
+        np.testing.assert_allclose(alone, wanted, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(together, wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_every_architecture_has_a_case() -> None:
+    known = {ENCODERS[case["architectures"][0]] for case in encoder_cases.CASES.values()}
+    assert known == set(ENCODERS.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "mish"}, "hidden_act 'mish'"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+        ({"is_decoder": True}, "is_decoder"),
+        ({"hidden_size": 50}, "hidden_size 50"),
+    ],
+)
+def test_what_is_not_implemented_is_named(change: dict, words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=words):
+        BertModel.config_from_hf(BERT | change)
+
+
+def test_a_missing_key_is_named() -> None:
+    config = {key: value for key, value in BERT.items() if key != "vocab_size"}
+    with pytest.raises(UnsupportedModelError, match="vocab_size"):
+        BertModel.config_from_hf(config)
+
+
+def test_too_much_for_a_bucket_is_refused() -> None:
+    bucket = EncoderBucket(16, 2)
+    for windows in ([[range(17)]], [[[1]], [[1]], [[1]]], [[[1]] * 5]):
+        with pytest.raises(ValueError, match="do not fit"):
+            pack(windows, bucket)
