@@ -4,14 +4,16 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.text import Text
 
 from arctic_jax.config import LoadConfig
 from arctic_jax.serving.options import stderr
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MODEL = "minilm-l6"
 OUTPUTS = (".npy", ".parquet")
@@ -71,6 +73,8 @@ def embed(
     )
     seconds = time.perf_counter() - start
     write_rows(output, rows)
+    import numpy as np
+
     failed = np.isnan(rows[:, 0]).sum()
     said = f"{len(rows)} vectors of {rows.shape[1]} in {seconds:.2f} s"
     stderr.print(Text(said + (f", {failed} of them NaN" if failed else ""), "dim"))
@@ -96,9 +100,11 @@ def read_texts(path: Path, field: str) -> Iterator[Any]:
                 raise ValueError(f"{path}, line {number}: {error!r}") from error
 
 
-def write_rows(path: Path, rows: np.ndarray) -> None:
+def write_rows(path: Path, rows: "np.ndarray") -> None:
     """Write `[texts, dimensions]`: `.npy` as it is, `.parquet` as the column "embedding"."""
     if path.suffix == ".npy":
+        import numpy as np
+
         np.save(path, rows)
         return
     pa, parquet = _pyarrow()
