@@ -189,8 +189,7 @@ def bucket_ladder(
     ladder = {Bucket(n, n, n, 1) for n in decode}
     ladder |= {Bucket(n, seqs, seqs, n) for n in mixed}
     if max_extra_rows:
-        many = mixed if max_draft_len else {max(mixed)}
-        many |= {up(max_extra_rows)}
+        many = {up(max_extra_rows), *(mixed if max_draft_len else [max(mixed)])}
         ladder |= {Bucket(n, max_extra_rows + seqs, seqs, n) for n in many}
     if max_draft_len:
         most = min(max_num_seqs + max_extra_rows, max_num_batched_tokens)

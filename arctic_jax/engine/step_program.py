@@ -7,6 +7,7 @@ Pure, and independent of devices that exist: the programs are lowered in this pr
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -137,8 +138,8 @@ class StepProgram:
 
     def _model(self) -> LlamaForCausalLM:
         """Return the module without its parameters."""
-        return nnx.eval_shape(
-            lambda: self.model_class(self.model_config, self.num_shards, self.implementation)
+        return _abstract_model(
+            self.model_class, self.model_config, self.num_shards, self.implementation
         )
 
     def _jitted(self, step: Step, mesh: Mesh) -> Any:
@@ -185,3 +186,13 @@ def _abstract(
     shape: tuple[int, ...], dtype: Any, mesh: Mesh, partition: PartitionSpec = REPLICATED
 ) -> Any:  # a ShapeDtypeStruct that stands in for an Array
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition))
+
+
+@functools.lru_cache(maxsize=1)  # it takes 50 ms, and every program asks for it several times
+def _abstract_model(
+    model_class: type[LlamaForCausalLM],
+    config: ModelConfig,
+    num_shards: int,
+    implementation: str | None,
+) -> LlamaForCausalLM:
+    return nnx.eval_shape(lambda: model_class(config, num_shards, implementation))
