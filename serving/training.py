@@ -95,7 +95,9 @@ def distill(
     dtype: Annotated[
         str, typer.Option(help="Of the computation; masters are float32.")
     ] = "bfloat16",
-    attention: Annotated[str, typer.Option(help="xla or cudnn.")] = "xla",
+    attention: Annotated[
+        str | None, typer.Option(help="xla or cudnn; by default the faster one that can run.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
 ) -> None:

@@ -30,8 +30,14 @@ from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
 from arctic_jax.training import data, swiftkv_checkpoint
-from arctic_jax.training.forward import Batch, Implementation, Weights, teacher_and_student
-from arctic_jax.training.losses import compare, hidden_error
+from arctic_jax.training.forward import (
+    Batch,
+    Implementation,
+    Weights,
+    output_head,
+    teacher_and_student,
+)
+from arctic_jax.training.losses import divergence, hidden_error
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +66,7 @@ class Recipe:
         temperature: T of the T² · KL term.
         hidden_weight: of the mean squared error of the hidden states.
         dtype: in which both models are computed.
-        attention: implementation of `jax.nn.dot_product_attention`: "xla" or "cudnn".
+        attention: "xla" or "cudnn"; `None` for the faster one that can run.
         seed: of the order of the data.
         save_every: steps between checkpoints.
     """
@@ -78,7 +84,7 @@ class Recipe:
     temperature: float = 2.0
     hidden_weight: float = 1.0
     dtype: str = "bfloat16"
-    attention: Implementation = "xla"
+    attention: Implementation | None = None
     seed: int = 0
     save_every: int = 100
 
@@ -167,6 +173,16 @@ def distill(
         swiftkv_checkpoint.write_student(files, student, own, directory / MODEL, load.dtype, report)
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step that the device has begun or will: when it was given to it, and what it returns."""
+
+    step: int
+    start: float
+    tokens: int
+    metrics: dict[str, Array]
+
+
 class Training:
     """The steps, from the last checkpoint on.
 
@@ -199,7 +215,7 @@ class Training:
         mesh = Mesh(devices, ("data",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec("data"))
-        self._learning_rates = recipe.learning_rates(self.steps)
+        self._learning_rates = np.asarray(recipe.learning_rates(self.steps)(np.arange(self.steps)))
         self._optimizer = recipe.optimizer(self.steps)
         checkpoint = swiftkv_checkpoint.original_weights(files)
         own = swiftkv_checkpoint.initial_values(checkpoint, config)
@@ -210,6 +226,7 @@ class Training:
             "optimizer": jax.jit(self._optimizer.init, out_shardings=self._replicated)(own),
         }
         self._step = jax.jit(self._train_step, donate_argnums=0)
+        self._end = 0.0  # of the step that was waited for last
 
     def own(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return the student's own tensors as they are now, float32."""
@@ -223,20 +240,31 @@ class Training:
             first = self._resume(manager)
             order = data.batches(len(self.rows), self.recipe.batch_size, self.recipe.seed)
             with (self.directory / LOG).open("a", encoding="utf-8") as log:
-                done, interrupted = first, None
+                done, running, interrupted = first, None, None
+
+                def finish() -> None:
+                    nonlocal running
+                    if running is not None:
+                        step, running = running, None
+                        line = self._finished(step)
+                        log.write(json.dumps(line) + "\n")
+                        log.flush()
+                        on_step(line)
+                        report("Distilling", step.step + 1, self.steps)
+
                 try:
                     for rows in itertools.islice(order, first, self.steps):
-                        with interrupts_held():
-                            line = self._logged_step(done, rows)
-                            log.write(json.dumps(line) + "\n")
-                            log.flush()
-                            done += 1
-                        on_step(line)
-                        report("Distilling", done, self.steps)
+                        with interrupts_held():  # the device has a step to do while one is logged
+                            step = self._launch(done, rows)
+                            finish()
+                            running, done = step, done + 1
                         if done % self.recipe.save_every == 0:
+                            with interrupts_held():
+                                finish()
                             self._save(manager, done)
                 except KeyboardInterrupt as interrupt:
                     interrupted = interrupt
+                finish()
                 self._save(manager, done)
         return interrupted
 
@@ -257,22 +285,31 @@ class Training:
         log.write_text("".join(lines[:first]), "utf-8")
         return first
 
-    def _logged_step(self, step: int, rows: np.ndarray[Any, Any]) -> dict[str, float]:
+    def _launch(self, step: int, rows: np.ndarray[Any, Any]) -> _Launched:
         fields = self.rows.fields(rows)
         start = time.perf_counter()
         batch = Batch(**jax.device_put(fields, self._split))
         self.state, metrics = self._step(self.state, self.weights, batch)
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        seconds = time.perf_counter() - start
+        return _Launched(step, start, int((fields["segment_ids"] > 0).sum()), metrics)
+
+    def _finished(self, launched: _Launched) -> dict[str, float]:
+        """Wait for a step; return its line of the log.
+
+        Raises:
+            ValueError: the loss is no number.
+        """
+        values = {name: float(value) for name, value in jax.device_get(launched.metrics).items()}
+        end = time.perf_counter()
+        seconds, self._end = end - max(launched.start, self._end), end
         if not np.isfinite(values["loss"]):
-            raise ValueError(f"the loss of step {step} is {values['loss']}")
-        tokens = int((fields["segment_ids"] > 0).sum())
-        speed = {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
+            raise ValueError(f"the loss of step {launched.step} is {values['loss']}")
         return {
-            "step": step,
+            "step": launched.step,
             **values,
-            "learning_rate": float(np.asarray(self._learning_rates(step))),
-            **speed,
+            "learning_rate": float(self._learning_rates[launched.step]),
+            "tokens": launched.tokens,
+            "seconds": seconds,
+            "tokens_per_s": launched.tokens / seconds,
         }
 
     def _train_step(
@@ -307,11 +344,12 @@ def distillation_loss(
         The loss, and its parts.
     """
     teacher, student = teacher_and_student(weights, own, config, batch, recipe.attention)
-    found = compare(weights, config, batch, teacher.last, student.last, recipe.temperature)
-    tokens = jnp.maximum(found.tokens, 1)
-    kl = recipe.temperature**2 * found.divergence / tokens
+    fixed = (output_head(weights, config), batch.counts)
+    total, agreement = divergence(student.last, teacher.last, fixed, recipe.temperature)
+    tokens = jnp.maximum(batch.counts.sum(), 1)
+    kl = recipe.temperature**2 * total / tokens
     mse = hidden_error(batch, teacher, student)
-    parts = {"kl": kl, "mse": mse, "agreement": found.agreement / tokens}
+    parts = {"kl": kl, "mse": mse, "agreement": agreement / tokens}
     return kl + recipe.hidden_weight * mse, parts
 
 
@@ -355,7 +393,8 @@ def _plot(directory: Path) -> None:
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     for name in ("loss", "kl", "mse"):
-        axes.plot(tokens, [line[name] for line in lines], label=name)
+        values = [max(line[name], 1e-8) for line in lines]  # rounding may leave less than nothing
+        axes.plot(tokens, values, label=name)
     axes.set(xlabel="million tokens", yscale="log")
     axes.legend()
     figure.savefig(directory / PLOT, dpi=120)

@@ -20,8 +20,11 @@ from arctic_jax.models.layers import rotary, rotate
 from arctic_jax.pallas_kernels.add_rms_norm.reference import rms_norm
 
 Weights = Mapping[str, Array]
-Implementation = Literal["xla", "cudnn"] | None
-"""Of attention: `None` leaves the choice to JAX."""
+Implementation = Literal["xla", "cudnn"]
+"""Of `jax.nn.dot_product_attention`."""
+
+KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+"""What the way back finds: linear layers. Attention, which is larger, is computed again."""
 
 
 @functools.partial(
@@ -64,7 +67,7 @@ def teacher_and_student(
     own: Weights,
     config: ModelConfig,
     batch: Batch,
-    attention: Implementation = None,
+    attention: Implementation | None = None,
 ) -> tuple[Hidden, Hidden]:
     """Run both models; gradients flow into `own` alone.
 
@@ -73,7 +76,7 @@ def teacher_and_student(
         own: the student's own.
         config: of the student.
         batch: what they read.
-        attention: implementation of `jax.nn.dot_product_attention`.
+        attention: which one; `None` for the faster one that can run.
     """
     weights = jax.lax.stop_gradient(dict(weights))
     run = _Forward(config, batch, attention)
@@ -82,7 +85,7 @@ def teacher_and_student(
 
 
 def hidden_states(
-    weights: Weights, config: ModelConfig, batch: Batch, attention: Implementation = None
+    weights: Weights, config: ModelConfig, batch: Batch, attention: Implementation | None = None
 ) -> Hidden:
     """Run one model, ordinary or SwiftKV; `weights` are those of its checkpoint."""
     run = _Forward(config, batch, attention)
@@ -92,17 +95,25 @@ def hidden_states(
 
 def logits(weights: Weights, config: ModelConfig, last: Array) -> Array:
     """`[..., hidden]` after the last norm to float32 logits `[..., vocab]`."""
-    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-    weight = weights[f"{head}.weight"]
-    return jnp.einsum("...d,vd->...v", last, weight, preferred_element_type=jnp.float32)
+    return project(output_head(weights, config), last)
+
+
+def output_head(weights: Weights, config: ModelConfig) -> Array:
+    """Return the output projection, `[vocab, hidden]`."""
+    return weights[f"{'model.embed_tokens' if config.tie_word_embeddings else 'lm_head'}.weight"]
+
+
+def project(head: Array, last: Array) -> Array:
+    """`[..., hidden]` by `[vocab, hidden]` to float32 logits `[..., vocab]`."""
+    return jnp.einsum("...d,vd->...v", last, head, preferred_element_type=jnp.float32)
 
 
 class _Forward:
     """The layers on one batch."""
 
-    def __init__(self, config: ModelConfig, batch: Batch, attention: Implementation) -> None:
+    def __init__(self, config: ModelConfig, batch: Batch, attention: Implementation | None) -> None:
         self.config, self.batch = config, batch
-        self.attention: Implementation = attention
+        self.attention: Implementation | None = attention
         positions = batch.positions.reshape(-1)
         angles = rotary(config.rope, config.head_dim, positions)
         self.rope = tuple(a.reshape(*batch.positions.shape, -1) for a in angles)
@@ -126,7 +137,7 @@ class _Forward:
             source = rms_norm(x, own["model.norm_swiftkv.weight"], config.rms_norm_eps)
             owners = layers[:: config.key_value_group_size]
             caches = [self._keys_values(own, i, source, "_swiftkv") for i in owners]
-            layer = jax.checkpoint(self._layer, static_argnums=1)
+            layer = jax.checkpoint(self._layer, static_argnums=1, policy=KEPT)
             for i in layers:
                 k, v = caches[(i - config.num_lower_layers) // config.key_value_group_size]
                 before_last, x = x, layer(dict(weights), i, x, k, v, own)
@@ -148,9 +159,8 @@ class _Forward:
         else:
             q = _linear(own, f"{there}.self_attn.q_proj_swiftkv", normed)
         q = rotate(self._heads(q), *self.rope)
-        attended = jax.nn.dot_product_attention(
-            q, k, v, mask=self._mask(config.sliding_window(i)), implementation=self.attention
-        )
+        mask, attention = self._mask(config.sliding_window(i)), self.attention or _fastest(q)
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention)
         attended = attended.reshape(*x.shape[:-1], -1)
         x = x + _linear(weights, f"{there}.self_attn.o_proj", attended)
         norm = weights[f"{there}.post_attention_layernorm.weight"]
@@ -182,6 +192,13 @@ class _Forward:
             seen &= places[None, :] > places[:, None] - window
         same = segments[:, :, None] == segments[:, None, :]
         return (same & seen)[:, None]
+
+
+def _fastest(q: Array) -> Implementation:
+    """Return "cudnn", which never holds all scores at once, where it can run: `q [B, S, H, D]`."""
+    capability = getattr(jax.devices()[0], "compute_capability", "0.0")  # CPUs have none
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[1] % 64 == 0 and q.shape[3] <= 128
+    return "cudnn" if float(capability) >= 8 and fits else "xla"
 
 
 def _linear(weights: Weights, name: str, x: Array) -> Array:

@@ -18,7 +18,8 @@ schedule=${SCHEDULE:-cosine}
 # The hidden states of this model have a few huge entries: at 1.0 their error would be 70 times the
 # divergence at the beginning.
 hidden_weight=${HIDDEN_WEIGHT:-0.01}
-dtype=${DTYPE:-bfloat16} held_back_every=${HELD_BACK_EVERY:-50}
+dtype=${DTYPE:-bfloat16} evaluation_dtype=${EVALUATION_DTYPE:-float32}
+held_back_every=${HELD_BACK_EVERY:-50}
 generation_s=${GENERATION_S:-210} distillation_s=${DISTILLATION_S:-220}
 work=${WORK:-$OUT/work} # text, checkpoints and the whole student: more than is worth keeping
 mkdir -p "$OUT" "$work"
@@ -49,7 +50,7 @@ cp "$work/run/swiftkv.safetensors" "$work/run/log.jsonl" "$work/run/settings.jso
     --parameters "$work/run/swiftkv.safetensors"
 step "comparison on what was held back"
 arctic evaluate --model "$work/run/model" --teacher "$model" --data "$work/held_back.jsonl" \
-    --dtype "$dtype" --max-length "$length" --out "$OUT/evaluation.json"
+    --dtype "$evaluation_dtype" --max-length "$length" --out "$OUT/evaluation.json"
 if [[ -n ${GSM8K:-} ]]; then
     step "GSM8K, both models"
     for name in student teacher; do
