@@ -150,7 +150,8 @@ def evaluate(
     engine: dict[str, Any],
     teacher: Annotated[str | None, typer.Option(help="The model to compare with.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help='Text to compare on: JSON lines of "messages" or "text".')
+        list[Path] | None,
+        typer.Option(help='Text to compare on: JSON lines of "messages" or "text".'),
     ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row of it.")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
@@ -166,10 +167,10 @@ def evaluate(
     from arctic_jax.progress import bars
     from arctic_jax.training import evaluate as evaluation
 
-    if (data is None) != (teacher is None) or (data is None and gsm8k is None):
+    if bool(data) != bool(teacher) or not (data or gsm8k):
         raise ValueError("nothing to do: give --teacher and --data, or --gsm8k, or all three")
     results: dict[str, Any] = {"model": engine["model"]}
-    if data is not None and teacher is not None:
+    if data and teacher:
         load = LoadConfig(model=engine["model"], dtype=engine["dtype"])
         other = LoadConfig(model=teacher, dtype=engine["dtype"])
         with bars() as report:

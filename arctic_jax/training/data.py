@@ -6,8 +6,11 @@ which all do; other keys are ignored.
 
 from __future__ import annotations
 
+import itertools
 import json
+import queue
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,9 @@ from arctic_jax.loading.tokenizer import Tokenizer
 
 OPEN_ROWS = 64
 """Rows that are tried for a sequence before a new one is begun."""
+
+READERS = 4
+LINES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -74,14 +80,36 @@ def read_samples(path: Path, tokenizer: Tokenizer) -> Iterator[Sample]:
     Raises:
         ValueError: a line is of neither form; the message has its number.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _sample(json.loads(line), tokenizer)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: {error!r}") from error
+    lines = [
+        (f"{path}:{number}", line)
+        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1)
+        if line.strip()
+    ]
+    # Chat templates are rendered by processes, one a tokenizer: threads wait for several at once.
+    tokenizers: queue.SimpleQueue[Tokenizer] = queue.SimpleQueue()
+    for _ in range(READERS):
+        tokenizers.put(Tokenizer(tokenizer.hf))
+
+    def samples(some: Sequence[tuple[str, str]]) -> list[Sample]:
+        own = tokenizers.get()
+        try:
+            return [_read(line, where, own) for where, line in some]
+        finally:
+            tokenizers.put(own)
+
+    with ThreadPoolExecutor(READERS) as threads:
+        try:
+            for some in threads.map(samples, itertools.batched(lines, LINES_AT_ONCE)):
+                yield from some
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _read(line: str, where: str, tokenizer: Tokenizer) -> Sample:
+    try:
+        return _sample(json.loads(line), tokenizer)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: {error!r}") from error
 
 
 def _sample(line: Mapping[str, Any], tokenizer: Tokenizer) -> Sample:

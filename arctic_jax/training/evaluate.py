@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,18 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 def compare_on_text(
     load: LoadConfig,
     teacher: LoadConfig,
-    data_file: Path,
+    data_files: Sequence[Path],
     max_length: int = 2048,
     batch_size: int = 8,
     report: Report = silent,
-) -> dict[str, float]:
-    """Compare a model with another on the tokens that count of a file (see `data`).
+) -> dict[str, dict[str, float]]:
+    """Compare a model with another on the tokens that count of each file (see `data`).
 
     Both have the same vocabulary and output projection, as a student and its teacher have.
 
     Returns:
-        `tokens` that counted, `perplexity`, `teacher_perplexity`, their `perplexity_ratio`, the
+        By the file's name: `tokens` that counted, `perplexity`, `teacher_perplexity`, their
+        `perplexity_ratio`, the
         `kl` divergence from the teacher in nats a token, and `agreement`, the share of tokens of
         which both models think the same the likeliest.
 
@@ -59,7 +61,6 @@ def compare_on_text(
         raise ValueError(
             f"vocabularies of {model[1].vocab_size} and {other[1].vocab_size} cannot be compared"
         )
-    rows = data.read_rows(data_file, files.tokenizer, max_length)
 
     @jax.jit
     def sums(weights: Weights, weights_of_teacher: Weights, batch: Batch) -> Comparison:
@@ -67,14 +68,18 @@ def compare_on_text(
         last_of_teacher = hidden_states(weights_of_teacher, other[1], batch).last
         return compare(weights, model[1], batch, last_of_teacher, last)
 
-    total: dict[str, float] = {}
-    starts = range(0, len(rows), batch_size)
-    for number, start in enumerate(starts, 1):
-        batch = _padded(rows, np.arange(start, min(start + batch_size, len(rows))), batch_size)
-        found = asdict(jax.device_get(sums(model[0], other[0], batch)))
-        total = {name: total.get(name, 0.0) + float(value) for name, value in found.items()}
-        report("Comparing", number, len(starts))
-    return _averages(total)
+    results = {}
+    for data_file in data_files:
+        rows = data.read_rows(data_file, files.tokenizer, max_length)
+        total: dict[str, float] = {}
+        starts = range(0, len(rows), batch_size)
+        for number, start in enumerate(starts, 1):
+            batch = _padded(rows, np.arange(start, min(start + batch_size, len(rows))), batch_size)
+            found = asdict(jax.device_get(sums(model[0], other[0], batch)))
+            total = {name: total.get(name, 0.0) + float(value) for name, value in found.items()}
+            report(f"Comparing {data_file.name}", number, len(starts))
+        results[data_file.name] = _averages(total)
+    return results
 
 
 def _averages(total: dict[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ model=${MODEL:-smollm2-135m-instruct}
 layers=${LAYERS:-15} group=${GROUP:-1}
 answers=${ANSWERS:-1} limit=${LIMIT:-20000} max_tokens=${MAX_TOKENS:-512}
 epochs=${EPOCHS:-4} steps=${STEPS:-} batch=${BATCH:-16} length=${LENGTH:-1024} rate=${RATE:-2e-3}
-schedule=${SCHEDULE:-cosine}
+schedule=${SCHEDULE:-cosine} temperature=${TEMPERATURE:-2}
 # The hidden states of this model have a few huge entries: at 1.0 their error would be 70 times the
 # divergence at the beginning.
 hidden_weight=${HIDDEN_WEIGHT:-0.01}
@@ -42,6 +42,7 @@ timeout --signal=INT "$distillation_s" bash -c "$(declare -f arctic); arctic \"\
     --num-key-value-layers "$layers" --key-value-group-size "$group" \
     --epochs "$epochs" ${steps:+--steps "$steps"} --batch-size "$batch" --max-length "$length" \
     --learning-rate "$rate" --schedule "$schedule" --hidden-weight "$hidden_weight" \
+    --temperature "$temperature" \
     --dtype "$dtype" --save-every 200 || echo "stopped early: what was learned so far is compared"
 cp "$work/run/swiftkv.safetensors" "$work/run/log.jsonl" "$work/run/settings.json" "$OUT/"
 [[ -f $work/run/loss.png ]] && cp "$work/run/loss.png" "$OUT/"
@@ -49,7 +50,9 @@ cp "$work/run/swiftkv.safetensors" "$work/run/log.jsonl" "$work/run/settings.jso
     --num-key-value-layers "$layers" --key-value-group-size "$group" \
     --parameters "$work/run/swiftkv.safetensors"
 step "comparison on what was held back"
-arctic evaluate --model "$work/run/model" --teacher "$model" --data "$work/held_back.jsonl" \
+compared=()
+for file in "$work"/held_back*.jsonl; do compared+=(--data "$file"); done
+arctic evaluate --model "$work/run/model" --teacher "$model" "${compared[@]}" \
     --dtype "$evaluation_dtype" --max-length "$length" --out "$OUT/evaluation.json"
 if [[ -n ${GSM8K:-} ]]; then
     step "GSM8K, both models"

@@ -40,8 +40,8 @@ def test_from_prompts_to_a_student(tmp_path: Path) -> None:
         *("--max-length", 64, "--gsm8k", prompts, "--limit", 2, "--out", figures, *engine),
     )
     found = json.loads(figures.read_text())
-    assert found["text"]["tokens"] > 3
-    assert 0 <= found["text"]["agreement"] <= 1
+    assert found["text"]["held_back.jsonl"]["tokens"] > 3
+    assert 0 <= found["text"]["held_back.jsonl"]["agreement"] <= 1
     assert found["gsm8k"]["problems"] == 2
     own = out / "swiftkv.safetensors"
     student = tmp_path / "student"

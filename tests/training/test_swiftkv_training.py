@@ -303,8 +303,8 @@ def test_training_makes_a_better_student(base: Path, text: Path, tmp_path: Path)
         ("teacher", base),
     ):
         found[name] = evaluate.compare_on_text(
-            LoadConfig(model=str(student)), load, text, max_length=64, batch_size=4
-        )
+            LoadConfig(model=str(student)), load, [text], max_length=64, batch_size=4
+        )[text.name]
     assert found["trained"]["kl"] < 0.8 * found["untrained"]["kl"]
     assert found["trained"]["agreement"] > found["untrained"]["agreement"]
     assert found["again"]["kl"] == pytest.approx(found["trained"]["kl"], rel=0.05)
@@ -319,7 +319,8 @@ def test_comparison_is_that_of_the_plain_models(base: Path, text: Path, tmp_path
     load = LoadConfig(model=str(base))
     swiftkv_checkpoint.convert(load, tmp_path / "student", 2)
     student = LoadConfig(model=str(tmp_path / "student"))
-    found = evaluate.compare_on_text(student, load, text, max_length=64, batch_size=4)
+    results = evaluate.compare_on_text(student, load, [text], max_length=64, batch_size=4)
+    found = results[text.name]
     config = json.loads((tmp_path / "student" / "config.json").read_text())
     teacher_tensors, student_tensors = tensors_of(base), tensors_of(tmp_path / "student")
     kl, nll, nll_of_teacher, same, counted = 0.0, 0.0, 0.0, 0, 0
