@@ -50,6 +50,34 @@ class Checkpoint(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Overlaid:
+    """A checkpoint over another: what the first lacks is the second's."""
+
+    upper: Checkpoint
+    lower: Checkpoint
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.upper or name in self.lower
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.upper
+        yield from (name for name in self.lower if name not in self.upper)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Checkpoint`."""
+        return self._that_has(name).shape(name)
+
+    def read(
+        self, name: str, rows: slice = ALL_ROWS, columns: slice = ALL_ROWS
+    ) -> np.ndarray[Any, Any]:
+        """See `Checkpoint`."""
+        return self._that_has(name).read(name, rows, columns)
+
+    def _that_has(self, name: str) -> Checkpoint:
+        return self.upper if name in self.upper else self.lower
+
+
 class Source(Protocol):
     """Where a parameter's rows come from."""
 

@@ -1,11 +1,15 @@
-"""A model's files, opened: config, weights, tokenizer, generation defaults. Host only."""
+"""A model's files, opened: config, weights, tokenizer, generation defaults. Host only.
+
+A directory may hold just what it has beyond another model, which its config names under
+`base_model_name_or_path`: keys of `config.json` that differ, and tensors. The rest is the other's.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,9 @@ from arctic_jax.loading.orbax_checkpoint import MANIFEST, OrbaxCheckpoint
 from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 from arctic_jax.loading.tokenizer import Tokenizer, load_tokenizer, numbered_tokenizer
 from arctic_jax.progress import Report, silent
-from arctic_jax.weights import Checkpoint
+from arctic_jax.weights import Checkpoint, Overlaid
+
+BASE_MODEL = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ def open_model(load: LoadConfig, report: Report = silent) -> ModelFiles:
     """
     path = resolve_model(load.model, load.revision, report)
     dummy = load.load_format == "dummy"
+    if path.is_dir() and BASE_MODEL in (config := _read_json(path / "config.json")):
+        return _over_base(path, config, load, report)
     if path.is_file():
         gguf = GGUFCheckpoint(path)
         config, generation_config = gguf.config(), {}
@@ -82,6 +90,22 @@ def open_model(load: LoadConfig, report: Report = silent) -> ModelFiles:
     else:
         checkpoint = gguf or SafetensorsCheckpoint(path)
     return ModelFiles(config, checkpoint, tokenizer, generation_config, directory)
+
+
+def _over_base(
+    path: Path, config: Mapping[str, Any], load: LoadConfig, report: Report
+) -> ModelFiles:
+    """Open a directory that holds what it has beyond another model."""
+    name = str(config[BASE_MODEL])
+    base = open_model(replace(load, model=name, revision=None), report)
+    if BASE_MODEL in base.config:
+        raise CheckpointError(f"{path} is based on {name}, which is based on another model itself")
+    checkpoint = base.checkpoint
+    if checkpoint is not None:
+        if isinstance(checkpoint, OrbaxCheckpoint):
+            raise CheckpointError(f"{path} is based on {name}, which has no original weights")
+        checkpoint = Overlaid(SafetensorsCheckpoint(path), checkpoint)
+    return replace(base, config={**base.config, **config}, checkpoint=checkpoint)
 
 
 def save_all_but_weights(files: ModelFiles, directory: Path, dtype: str) -> None:
