@@ -78,12 +78,13 @@ def speculating(path: Path, *model: Any, more: dict[str, Any] = {}, **options: A
 def answers_of(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> list[list[int]]:
     """Greedy answers by a loop over the whole sequence."""
     model_config: ModelConfig = model_class(config).config_from_hf(config)
+    weights = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
 
     @jax.jit
     def next_token(ids: jax.Array, length: jax.Array) -> jax.Array:
         batch = Batch(ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids), jnp.ones_like(ids))
-        last = hidden_states(tensors, model_config, batch).last[0, length - 1]
-        return logits(tensors, model_config, last).argmax()
+        last = hidden_states(weights, model_config, batch).last[0, length - 1]
+        return logits(weights, model_config, last).argmax()
 
     answers = []
     for prompt in BEGINNINGS:
