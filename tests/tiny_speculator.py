@@ -111,8 +111,13 @@ def plain_drafts(
     base: tuple[np.ndarray, np.ndarray],
     hidden: np.ndarray,
     tokens: np.ndarray,
+    following: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Drafts `[S, n]` and logits `[S, n, vocab]` in float64; `base`: the model's two matrices."""
+    """Drafts `[S, n]` and logits `[S, n, vocab]` in float64.
+
+    `base` are the model's two matrices. With `following [S, n]` each head is told the tokens that
+    really came before, instead of those that are drafted.
+    """
     n, (_, inner) = config["n_predict"], sizes(config)
     state_weight = 0.5 ** (0.5 / n)
     alpha = math.sqrt((1 - state_weight**2) * inner / 2) / state_weight
@@ -150,6 +155,7 @@ def plain_drafts(
             logits = state @ t[f"head.{i}.weight"].T
         tokens = logits.argmax(1)
         drafts.append(tokens)
+        tokens = tokens if following is None else following[:, k]
         all_logits.append(logits)
     return np.stack(drafts, 1), np.stack(all_logits, 1)
 

@@ -172,14 +172,14 @@ class TrainingLoop:
             batch_size, seed = self.schedule.batch_size, self.schedule.seed
             order = data.batches(len(self.rows), batch_size, seed)
             with (self.directory / LOG).open("a", encoding="utf-8") as log:
-                done, unlogged, interrupted = first, None, None
+                done, interrupted = first, None
+                unlogged: _Launched | None = None
 
-                def finish() -> None:
-                    """Wait for the step that is under way, and log it."""
-                    nonlocal unlogged
-                    if unlogged is None:
+                def log_step(launched: _Launched | None) -> None:
+                    """Wait for a step, and log it."""
+                    if launched is None:
                         return
-                    line, unlogged = self._wait(unlogged), None
+                    line = self._wait(launched)
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                     on_step(line)
@@ -189,17 +189,18 @@ class TrainingLoop:
                     for rows in itertools.islice(order, first, self.steps):
                         with interrupts_held():
                             # While one step is logged, the device has the next to do.
-                            launched = self._launch(done, rows)
-                            finish()
-                            unlogged, done = launched, done + 1
-                        if done % self.schedule.save_every == 0:
-                            with interrupts_held():
-                                finish()
-                            self._save(manager, done)
+                            before, unlogged = unlogged, self._launch(done, rows)
+                            done += 1
+                            log_step(before)
+                            if done % self.schedule.save_every == 0:
+                                before, unlogged = unlogged, None
+                                log_step(before)
+                                self._save(manager, done)
                 except KeyboardInterrupt as interrupt:
                     interrupted = interrupt
-                finish()
-                self._save(manager, done)
+                with interrupts_held():
+                    log_step(unlogged)
+                    self._save(manager, done)
         return interrupted
 
     def _save(self, manager: ocp.CheckpointManager, done: int) -> None:
