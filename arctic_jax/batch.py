@@ -383,6 +383,7 @@ def narrow(x: Array, batch: ForwardBatch) -> tuple[Array, ForwardBatch]:
         "rank",
         "top_token_ids",
         "top_logprobs",
+        "drafts",
     ],
     meta_fields=[],
 )
@@ -397,6 +398,8 @@ class StepOutput:
         rank: `[R]` of the target, 1 for the most likely token.
         top_token_ids: `[R, L]` the most likely tokens.
         top_logprobs: `[R, L]`.
+        drafts: `[R, K]` what the speculator thinks comes after the last token drawn for each of the
+            first sequences, which are at most R; K is 0 without a speculator.
     """
 
     token_ids: Array
@@ -405,11 +408,12 @@ class StepOutput:
     rank: Array
     top_token_ids: Array
     top_logprobs: Array
+    drafts: Array
 
     @staticmethod
-    def width(max_logprobs: int) -> int:
+    def width(max_logprobs: int, num_drafted: int) -> int:
         """Columns of a packed output."""
-        return 4 + 2 * max_logprobs
+        return 4 + 2 * max_logprobs + num_drafted
 
     @staticmethod
     def token_ids_of(packed: Array) -> Array:
@@ -422,13 +426,16 @@ class StepOutput:
         ints = [self.token_ids[:, None], self.finite[:, None], self.rank[:, None]]
         words = [lax.bitcast_convert_type(x, jnp.int32) for x in floats]
         return jnp.concatenate(
-            [*(x.astype(jnp.int32) for x in ints), self.top_token_ids, *words], 1
+            [*(x.astype(jnp.int32) for x in ints), self.top_token_ids, *words, self.drafts], 1
         )
 
 
 @dataclass(frozen=True)
 class HostOutput:
-    """A `StepOutput` on the host, without the rows that were padding; the same names."""
+    """A `StepOutput` on the host, without the rows that were padding; the same names.
+
+    Only `drafts` has a row for each sequence that may draft, or more, not for each row of logits.
+    """
 
     token_ids: np.ndarray
     finite: np.ndarray
@@ -436,12 +443,14 @@ class HostOutput:
     top_token_ids: np.ndarray
     logprob: np.ndarray
     top_logprobs: np.ndarray
+    drafts: np.ndarray
 
     @staticmethod
-    def unpack(packed: np.ndarray, rows: int) -> HostOutput:
+    def unpack(packed: np.ndarray, rows: int, num_drafted: int) -> HostOutput:
         """Take `StepOutput.pack` apart."""
-        packed = packed[:rows]
-        most = (packed.shape[1] - 4) // 2
+        width = packed.shape[1] - num_drafted
+        drafts, packed = packed[:, width:], packed[:rows, :width]
+        most = (width - 4) // 2
         floats = np.ascontiguousarray(packed[:, 3 + most :]).view(np.float32)
         return HostOutput(
             token_ids=packed[:, 0],
@@ -450,4 +459,5 @@ class HostOutput:
             top_token_ids=packed[:, 3 : 3 + most],
             logprob=floats[:, 0],
             top_logprobs=floats[:, 1:],
+            drafts=drafts,
         )

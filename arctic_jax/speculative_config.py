@@ -15,9 +15,10 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("suffix", "ngram")
+METHODS = ("suffix", "ngram", "arctic", "mlp_speculator")
 MAX_DRAFT_LEN = 128
 _DEFAULT_DRAFT_LEN = {"suffix": 16, "ngram": 4}
+_WITH_SPECULATOR = ("arctic", "mlp_speculator")
 # vLLM's names for what Arctic named first.
 _ALIASES = {
     "suffix_decoding_max_tree_depth": "suffix_cache_max_depth",
@@ -33,8 +34,13 @@ class SpeculativeConfig:
 
     Attributes:
         method: one of `METHODS`; `None` to switch speculation off, unless `enable_suffix_decoding`.
-        num_speculative_tokens: most tokens of a draft; by default 16 (`suffix`) or 4 (`ngram`).
-        enable_suffix_decoding: without a method, this is the method `suffix`.
+        model: the speculator of `arctic` and `mlp_speculator`, which mean the same; others ignore
+            it.
+        revision: of it, on the hub.
+        num_speculative_tokens: most tokens of a draft; by default 16 (`suffix`), 4 (`ngram`), or
+            what the speculator was made for.
+        enable_suffix_decoding: with a speculator, its drafts are for where suffix decoding is not
+            sure of itself; without a method, this is the method `suffix`.
         disable_by_batch_size: of a step of more requests only the first so many draft.
         hard_disable_by_batch_size: in a step of so many requests nobody drafts.
         adaptive: whether a request's drafts become shorter, rarer, and again longer, with what
@@ -42,7 +48,8 @@ class SpeculativeConfig:
         suffix_cache_max_depth: the longest match plus draft, in tokens.
         suffix_cache_max_requests: responses in the global trees, which make drafts for one request
             out of what others were told; 0 switches that off, -1 is without limit.
-        suffix_speculative_tokens: if positive, the same as `num_speculative_tokens`.
+        suffix_speculative_tokens: most tokens of a suffix draft; if 0, `num_speculative_tokens`,
+            beside a speculator `suffix_cache_max_depth`.
         suffix_max_spec_factor: most drafted tokens for each token matched ...
         suffix_max_spec_offset: ... and beside those.
         suffix_min_token_prob: tokens less probable are not drafted.
@@ -51,6 +58,8 @@ class SpeculativeConfig:
     """
 
     method: str | None = None
+    model: str | None = None
+    revision: str | None = None
     num_speculative_tokens: int | None = None
     enable_suffix_decoding: bool = False
     disable_by_batch_size: int = 64
@@ -80,6 +89,13 @@ class SpeculativeConfig:
             raise ValueError(
                 "speculative_config: enable_suffix_decoding cannot be combined with method 'ngram'"
             )
+        if self.uses_speculator and not self.model:
+            raise ValueError(
+                f"speculative_config: method {self.method!r} needs a speculator, give its model"
+            )
+        for name in ("model", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                _refuse(name, getattr(self, name), "must be a name")
         for name in ("enable_suffix_decoding", "adaptive"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "must be true or false")
@@ -132,7 +148,7 @@ class SpeculativeConfig:
         if unknown and values.get("method") in (None, *METHODS):
             raise ValueError(f"speculative_config: unknown key(s) {', '.join(sorted(unknown))}")
         config = cls(**{key: values[key] for key in values.keys() & known})
-        if config.max_draft_len == 0:
+        if config.kind is None:
             raise ValueError(f"speculative_config names no method; supported: {', '.join(METHODS)}")
         return config
 
@@ -146,8 +162,30 @@ class SpeculativeConfig:
         """Most tokens of a draft; 0 if there is no speculation."""
         if self.kind is None:
             return 0
+        if self.uses_speculator:
+            short = self.num_drafted_by_speculator
+            return max(short, self._longest_beside_speculator) if self.is_hybrid else short
         given = self.kind == "suffix" and self.suffix_speculative_tokens
         return given or self.num_speculative_tokens or _DEFAULT_DRAFT_LEN[self.kind]
+
+    @property
+    def uses_speculator(self) -> bool:
+        """Whether a network beside the model drafts."""
+        return self.method in _WITH_SPECULATOR
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether suffix decoding goes first, and the speculator drafts where it is not sure."""
+        return self.uses_speculator and self.enable_suffix_decoding
+
+    @property
+    def num_drafted_by_speculator(self) -> int:
+        """Tokens of its drafts; 0 while it is not known what it was made for."""
+        return self.num_speculative_tokens or 0
+
+    @property
+    def _longest_beside_speculator(self) -> int:
+        return self.suffix_speculative_tokens or min(self.suffix_cache_max_depth, MAX_DRAFT_LEN)
 
     @property
     def lookup_lengths(self) -> tuple[int, int]:

@@ -111,6 +111,22 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class RowBlocks:
+    """Tensors of the same shape, one below the other."""
+
+    names: tuple[str, ...]
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """See `Source`."""
+        size = checkpoint.shape(self.names[0])[0]
+        parts = []
+        for i, name in enumerate(self.names):
+            rows = slice(max(start - i * size, 0), max(stop - i * size, 0))
+            parts.append(checkpoint.read(name, rows))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
 class Columns:
     """The transposed matrix: `[in, out]` from a checkpoint's `[out, in]`."""
 
@@ -259,6 +275,30 @@ class Experts:
         """See `Source`."""
         names = [[p.format(e) for p in self.projections] for e in range(start, stop)]
         return np.stack([np.concatenate([checkpoint.read(n) for n in row]) for row in names])
+
+
+@dataclass(frozen=True)
+class WithoutPrefix:
+    """A checkpoint all of whose names begin with something that is left out here."""
+
+    checkpoint: Checkpoint
+    prefix: str
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.checkpoint
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.checkpoint)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Checkpoint`."""
+        return self.checkpoint.shape(self.prefix + name)
+
+    def read(
+        self, name: str, rows: slice = ALL_ROWS, columns: slice = ALL_ROWS
+    ) -> np.ndarray[Any, Any]:
+        """See `Checkpoint`."""
+        return self.checkpoint.read(self.prefix + name, rows, columns)
 
 
 @dataclass(frozen=True)

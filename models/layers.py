@@ -130,8 +130,16 @@ class Embed(nnx.Module):
 
     def logits(self, x: Array, layout: MeshLayout) -> Array:
         """`[R, hidden]` to float32 logits `[R, vocab]`."""
-        logits = jnp.einsum("rd,vd->rv", x, self.weight[...], preferred_element_type=jnp.float32)
-        return layout.gather_vocab(logits)[:, : self.vocab_size]
+        return layout.gather_vocab(self._local_logits(x))[:, : self.vocab_size]
+
+    def likeliest(self, x: Array, layout: MeshLayout) -> Array:
+        """`[R, hidden]` to the likeliest token of each row, `[R]`: logits stay where they are."""
+        logits = self._local_logits(x)
+        token_ids = layout.vocab_shard() * logits.shape[1] + jnp.arange(logits.shape[1])
+        return layout.argmax_vocab(jnp.where(token_ids < self.vocab_size, logits, -jnp.inf))
+
+    def _local_logits(self, x: Array) -> Array:
+        return jnp.einsum("rd,vd->rv", x, self.weight[...], preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -124,7 +124,14 @@ class LlamaForCausalLM(nnx.Module):
     def __call__(
         self, batch: ForwardBatch, cache: KVCache, layout: MeshLayout
     ) -> tuple[Array, KVCache]:
-        """Return float32 logits `[R, vocab]` and the cache.
+        """Return float32 logits `[R, vocab]` and the cache."""
+        x, cache = self.hidden_states(batch, cache, layout)
+        return self.logits(x, layout), cache
+
+    def hidden_states(
+        self, batch: ForwardBatch, cache: KVCache, layout: MeshLayout
+    ) -> tuple[Array, KVCache]:
+        """Return what comes out of the last norm, `[R, hidden]` on every device, and the cache.
 
         The lower layers run on every token, the upper ones (SwiftKV has some) on those that need
         logits.
@@ -146,8 +153,16 @@ class LlamaForCausalLM(nnx.Module):
             cache = self.fill_upper_cache(x, rope, batch, cache)
             x, batch = narrow(x, batch)
             x = self.run_upper_layers(x, batch, cache, layout.narrow)
-        logits = (self.lm_head or self.embed).logits(self.norm(x), layout)
-        return logits, cache
+        return self.norm(x), cache
+
+    def logits(self, x: Array, layout: MeshLayout) -> Array:
+        """Return float32 logits `[R, vocab]` of `hidden_states`."""
+        return self.head.logits(x, layout)
+
+    @property
+    def head(self) -> Embed:
+        """The output projection, which may be the embedding."""
+        return self.lm_head or self.embed
 
     def _narrows_in_last_layer(self, batch: ForwardBatch, layout: MeshLayout) -> bool:
         """Whether the last of all layers need not attend for the tokens without a row.

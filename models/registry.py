@@ -11,6 +11,8 @@ from arctic_jax.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from arctic_jax.models.bert import BertModel
     from arctic_jax.models.llama import LlamaForCausalLM
+    from arctic_jax.models.lstm_speculator import ArcticLSTMSpeculator
+    from arctic_jax.models.mlp_speculator import MLPSpeculator
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama:LlamaForCausalLM",
@@ -31,6 +33,14 @@ ENCODERS = {
 }
 """Models that turn a text into a vector."""
 
+SPECULATORS = {
+    "ArcticLSTMSpeculatorPreTrainedModel": "lstm_speculator:ArcticLSTMSpeculator",
+    "MLPVariantSpeculatorPreTrainedModel": "lstm_speculator:ArcticLSTMSpeculator",
+    "ArcticMLPSpeculatorPreTrainedModel": "mlp_speculator:MLPSpeculator",
+    "MLPSpeculatorPreTrainedModel": "mlp_speculator:MLPSpeculator",
+}
+"""Networks that guess what a model beside them will say."""
+
 
 def model_class(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:
     """Return the class for a Hugging Face config, importing only its module.
@@ -38,7 +48,7 @@ def model_class(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:
     Raises:
         UnsupportedModelError: no row for any of the config's `architectures`.
     """
-    return _find(config, ARCHITECTURES)
+    return _find(config, ARCHITECTURES, ARCHITECTURES | ENCODERS)
 
 
 def is_encoder(config: Mapping[str, Any]) -> bool:
@@ -52,15 +62,24 @@ def encoder_class(config: Mapping[str, Any]) -> type[BertModel]:
     Raises:
         UnsupportedModelError: no row for any of the config's `architectures`.
     """
-    return _find(config, ENCODERS)
+    return _find(config, ENCODERS, ARCHITECTURES | ENCODERS)
 
 
-def _find(config: Mapping[str, Any], table: Mapping[str, str]) -> Any:
+def speculator_class(config: Mapping[str, Any]) -> type[ArcticLSTMSpeculator | MLPSpeculator]:
+    """Return the speculator for a Hugging Face config, importing only its module.
+
+    Raises:
+        UnsupportedModelError: no row for any of the config's `architectures`.
+    """
+    return _find(config, SPECULATORS, SPECULATORS)
+
+
+def _find(config: Mapping[str, Any], table: Mapping[str, str], like: Mapping[str, str]) -> Any:
     names = config.get("architectures") or []
     for name in names:
         if name in table:
             module, _, cls = table[name].partition(":")
             return getattr(importlib.import_module(f"arctic_jax.models.{module}"), cls)
     raise UnsupportedModelError(
-        f"architectures {names} are not supported; supported: {sorted(ARCHITECTURES | ENCODERS)}"
+        f"architectures {names} are not supported; supported: {sorted(like)}"
     )

@@ -1,4 +1,4 @@
-"""The command line `arctic-jax`: generate, chat, embed, convert, bench, swiftkv, evaluate, ...
+"""The command line `arctic-jax`: generate, chat, embed, convert, bench, swiftkv, speculator, ...
 
 Runs in the user's terminal; everything it does goes through `LLM`. JAX and transformers are
 imported inside the commands, so that `--help` answers at once.
@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from arctic_jax.serving import bench, embedding, training
+from arctic_jax.serving import bench, embedding, speculator, training
 from arctic_jax.serving.options import command, make_llm, show_log, stderr, stdout
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ models_app = typer.Typer(help="The models.", no_args_is_help=True)
 app.add_typer(bench.app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(training.app, name="swiftkv")
+app.add_typer(speculator.app, name="speculator")
 command(app, "evaluate")(training.evaluate)
 command(app, "embed")(embedding.embed)
 

@@ -1,6 +1,7 @@
 """`arctic-jax swiftkv` and `arctic-jax evaluate`: make a SwiftKV model, and see how good it is."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 from rich.text import Text
 
 from arctic_jax.serving.options import command, make_llm, stderr, stdout
+from arctic_jax.serving.training_progress import training_bars
 
 app = typer.Typer(help="Make SwiftKV models.", no_args_is_help=True)
 
@@ -59,7 +61,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 0.7,
 ) -> None:
-    """Let a model write the text that its student is distilled on."""
+    """Let a model write the text that its student, or a speculator, is trained on."""
     from arctic_jax import SamplingParams
     from arctic_jax.training import generate as generation
 
@@ -102,8 +104,6 @@ def distill(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
 ) -> None:
     """Train a SwiftKV student of a model, on all devices; see docs/swiftkv.md."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from arctic_jax.config import LoadConfig
     from arctic_jax.training.distill import Recipe
     from arctic_jax.training.distill import distill as run
@@ -125,25 +125,13 @@ def distill(
         seed=seed,
         save_every=save_every,
     )
-    figures = TextColumn("{task.fields[figures]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), figures, TimeRemainingColumn())
-    with Progress(*columns, console=stderr) as progress:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total, figures="")
-            progress.update(tasks[stage], completed=done, total=total)
-
-        def on_step(line: Any) -> None:
-            if "Distilling" not in tasks:
-                tasks["Distilling"] = progress.add_task("Distilling", total=None, figures="")
-            shown = f"loss {line['loss']:.4f}  agreement {line['agreement']:.1%}  "
-            shown += f"{line['tokens_per_s']:,.0f} tokens/s"
-            progress.update(tasks["Distilling"], figures=shown)
-
+    with training_bars("Distilling", _figures) as (report, on_step):
         run(LoadConfig(model=model), data, out, recipe, report, on_step)
     stderr.print(Text(f"{out}/model is ready: arctic-jax generate --model {out}/model", "dim"))
+
+
+def _figures(line: Mapping[str, float]) -> str:
+    return f"loss {line['loss']:.4f}  agreement {line['agreement']:.1%}"
 
 
 def evaluate(

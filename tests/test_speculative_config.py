@@ -56,6 +56,32 @@ def test_longest_drafts(given: dict, longest: int) -> None:
     assert SpeculativeConfig.from_user(given).max_draft_len == longest
 
 
+ARCTIC = {"method": "arctic", "model": "m", "num_speculative_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "longest"),
+    [
+        (ARCTIC, 3),
+        (ARCTIC | {"method": "mlp_speculator"}, 3),
+        (ARCTIC | {"enable_suffix_decoding": True}, 64),
+        (ARCTIC | {"enable_suffix_decoding": True, "suffix_cache_max_depth": 500}, 128),
+        (ARCTIC | {"enable_suffix_decoding": True, "suffix_speculative_tokens": 7}, 7),
+        (ARCTIC | {"enable_suffix_decoding": True, "suffix_speculative_tokens": 2}, 3),
+    ],
+)
+def test_longest_drafts_with_a_speculator(given: dict, longest: int) -> None:
+    config = SpeculativeConfig.from_user(given)
+    assert config.max_draft_len == longest
+    assert config.num_drafted_by_speculator == 3
+    assert config.uses_speculator
+
+
+def test_how_much_a_speculator_drafts_may_be_left_to_it() -> None:
+    config = of(method="arctic", model="m", disable_by_batch_size=8)
+    assert (config.kind, config.num_drafted_by_speculator) == ("arctic", 0)
+
+
 def test_ngram_lengths_default_to_each_other() -> None:
     assert of(method="ngram").lookup_lengths == (5, 5)
     assert of(method="ngram", prompt_lookup_max=3).lookup_lengths == (3, 3)
@@ -67,7 +93,8 @@ def test_ngram_lengths_default_to_each_other() -> None:
     ("given", "message"),
     [
         ({"method": "eagle", "model": "x"}, "'eagle' is not supported; supported: suffix, ngram"),
-        ({"method": "arctic"}, "'arctic' is not supported; supported: suffix, ngram"),
+        ({"method": "arctic"}, "method 'arctic' needs a speculator, give its model"),
+        ({"method": "arctic", "model": 3}, "model must be a name, got 3"),
         ({}, "names no method; supported: suffix, ngram"),
         ({"method": "suffix", "sufix": 1}, r"unknown key\(s\) sufix"),
         ({"method": "suffix", "num_speculative_tokens": 0}, "between 1 and 128, got 0"),

@@ -18,6 +18,7 @@ from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
+from arctic_jax.engine.speculator import open_speculator
 from arctic_jax.engine.step_log import StepLog
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.loading.model_files import ModelFiles, open_model
@@ -53,13 +54,18 @@ class EngineCore:
         replica: int = 0,
     ) -> None:
         _prepare_jax(config)
-        self.config = config
         limits = config.scheduler.limits(jax.default_backend())
         self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)
         model_config = cls.config_from_hf(self.files.config)
+        speculator = open_speculator(config, model_config, report)
+        if speculator is not None:
+            length = speculator.drafting.num_tokens
+            speculative = replace(config.speculative, num_speculative_tokens=length)
+            config = replace(config, speculative=speculative)
+        self.config = config
         self.runner = ModelRunner(
-            config, limits, cls, model_config, self.files.checkpoint, report, devices
+            config, limits, cls, model_config, self.files.checkpoint, report, devices, speculator
         )
         self.tokenizer = self.files.tokenizer
         self.max_model_len = self.runner.max_model_len
@@ -166,7 +172,7 @@ class EngineCore:
         for request, status in self.outputs.accept(step.scheduled, output, self._group_of):
             changed[self._group_of[request]] = None
             self._finish(request, status)
-        self.proposer.propose(step.scheduled)
+        self.proposer.propose(step.scheduled, output)
         return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:

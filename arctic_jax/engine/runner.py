@@ -23,7 +23,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from arctic_jax import weight_views, weights
 from arctic_jax.batch import (
     Bucket,
     HostOutput,
@@ -40,15 +39,16 @@ from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.sampler_rows import SamplerRows
-from arctic_jax.engine.step_program import Leaves, StepProgram
+from arctic_jax.engine.speculator import SpeculatorFiles
+from arctic_jax.engine.step_program import StepProgram
+from arctic_jax.engine.weight_loading import WeightLoader
 from arctic_jax.kv_cache import KVCache, KVCacheSpec
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
-from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted, silent
 from arctic_jax.request import Request
 from arctic_jax.shift_parallel import MeshLayout, make_mesh, shift, ulysses
-from arctic_jax.weights import Checkpoint, ParameterSpec
+from arctic_jax.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class LaunchedStep:
         num_padded_tokens: tokens of the program's shape.
         launched: when, a `time.perf_counter()`.
         output: a packed `StepOutput`.
+        num_drafted: its K.
     """
 
     scheduled: ScheduledBatch
@@ -75,10 +76,12 @@ class LaunchedStep:
     num_padded_tokens: int
     launched: float
     output: jax.Array
+    num_drafted: int
 
     def wait(self) -> HostOutput:
         """Wait for its results."""
-        return HostOutput.unpack(np.asarray(self.output), self.scheduled.num_rows)
+        rows = self.scheduled.num_rows
+        return HostOutput.unpack(np.asarray(self.output), rows, self.num_drafted)
 
 
 class ModelRunner:
@@ -92,6 +95,7 @@ class ModelRunner:
         checkpoint: where weights come from; `None` for random ones.
         report: told how far loading and compiling are.
         devices: those to use; `None` for the first ones.
+        speculator: drafts within the steps, if there is one.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class ModelRunner:
         checkpoint: Checkpoint | OrbaxCheckpoint | None,
         report: Report,
         devices: Sequence[Any] | None = None,
+        speculator: SpeculatorFiles | None = None,
     ) -> None:
         parallel = config.parallel
         tp, sp = parallel.tensor_parallel_size, parallel.ulysses_sequence_parallel_size
@@ -137,7 +142,14 @@ class ModelRunner:
             num_shards = checkpoint.num_shards(num_shards)
         implementation = config.load.implementation
         model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
-        self.leaves, partitions = self._load(model, config, checkpoint, report)
+        loader = WeightLoader(self.mesh, self.layouts, self.dtype, config.load.seed, report)
+        self.leaves, partitions = loader.load(model, checkpoint, "weights")
+        drafting = speculator.drafting if speculator else None
+        if speculator is not None:
+            module = speculator.drafting.module(num_shards)
+            added, lie = loader.load(module, speculator.checkpoint, "speculator")
+            self.leaves = {layout: self.leaves[layout] + added[layout] for layout in self.layouts}
+            partitions = {layout: partitions[layout] + lie[layout] for layout in self.layouts}
         self.cache_spec = KVCacheSpec(
             num_layers=model_config.num_cache_layers,
             num_kv_heads=model.num_kv_groups,
@@ -161,6 +173,7 @@ class ModelRunner:
             max_rows,
             config.scheduler.max_logprobs,
             max_draft_len,
+            drafting,
         )
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
         self.programs = ProgramCache(
@@ -181,8 +194,9 @@ class ModelRunner:
         self.state = jax.device_put(
             SamplerState.zeros(self.max_num_seqs, model_config.vocab_size), replicated
         )
-        shape = (max_rows, StepOutput.width(config.scheduler.max_logprobs))
-        self._output = jax.device_put(np.zeros(shape, np.int32), replicated)
+        self._num_drafted = drafting.num_tokens if drafting else 0
+        width = StepOutput.width(config.scheduler.max_logprobs, self._num_drafted)
+        self._output = jax.device_put(np.zeros((max_rows, width), np.int32), replicated)
         self.packer = self._new_packer()
         self._rows = SamplerRows(model_config.vocab_size)
         decode = [bucket for bucket in buckets if bucket.max_query_len == 1]
@@ -206,58 +220,12 @@ class ModelRunner:
         with self._alone():
             output = self._start(layout, bucket, packed)
         output.copy_to_host_async()
-        return LaunchedStep(scheduled, layout, bucket.num_tokens, launched, output)
+        tokens = bucket.num_tokens
+        return LaunchedStep(scheduled, layout, tokens, launched, output, self._num_drafted)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
         self._rows.forget(request)
-
-    def _load(
-        self,
-        model: LlamaForCausalLM,
-        config: EngineConfig,
-        checkpoint: Checkpoint | OrbaxCheckpoint | None,
-        report: Report,
-    ) -> tuple[dict[MeshLayout, Leaves], dict[MeshLayout, tuple[PartitionSpec, ...]]]:
-        """Place the weights; return them flat for each layout, and where they lie."""
-        named = named_parameters(model)
-        axes = [variable.get_metadata("axis") for variable in named.values()]
-        partitions = {layout: tuple(map(layout.partition, axes)) for layout in self.layouts}
-        coarse = partitions[self.layouts[-1]]
-        parameters = {
-            path: ParameterSpec(variable.shape, self.dtype, partition)
-            for (path, variable), partition in zip(named.items(), coarse, strict=True)
-        }
-        advance = counted(report, "Loading weights", len(parameters))
-        start = time.perf_counter()
-        if checkpoint is None:
-            placed = weights.random(parameters, self.mesh, config.load.seed, advance)
-        elif isinstance(checkpoint, OrbaxCheckpoint):
-            placed = checkpoint.restore(parameters, self.mesh, advance)
-        else:
-            sources = model.weight_sources()
-            placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
-        if checkpoint is not None:
-            gigabytes = sum(array.nbytes for array in jax.block_until_ready(placed).values()) / 1e9
-            seconds = time.perf_counter() - start
-            rate = gigabytes / seconds
-            logger.info("loaded %.2f GB of weights in %.1f s (%.1f GB/s)", gigabytes, seconds, rate)
-        leaves = {self.layouts[-1]: tuple(placed[path] for path in parameters)}
-        if len(self.layouts) == 2:
-            few, many = self.layouts
-            leaves[few] = self._finer(leaves[many], partitions[few])
-        return leaves, partitions
-
-    def _finer(self, leaves: Leaves, partitions: Sequence[PartitionSpec]) -> Leaves:
-        """Return the weights in the layout for few tokens: no second copy, see `weight_views`."""
-        views, copied = [], 0
-        for leaf, partition in zip(leaves, partitions, strict=True):
-            view, nbytes = weight_views.finer(leaf, NamedSharding(self.mesh, partition))
-            views.append(view)
-            copied += nbytes
-        if copied:
-            logger.info("shift parallelism: %.1f MB of weights are copied", copied / 1e6)
-        return tuple(views)
 
     def _new_packer(self) -> StepPacker:
         return StepPacker(

@@ -94,4 +94,5 @@ def sample(
     report = logprobs(
         logits, target, batch.want_logprobs, top=max_logprobs, implementation=implementation
     )
-    return StepOutput(tokens, finite, *report), SamplerState(seen=seen, bias=state.bias)
+    drafts = jnp.zeros((len(tokens), 0), jnp.int32)
+    return StepOutput(tokens, finite, *report, drafts), SamplerState(seen=seen, bias=state.bias)

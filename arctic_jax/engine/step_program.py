@@ -17,12 +17,13 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from arctic_jax.batch import Bucket, StepOutput, packed_size, unpack
+from arctic_jax.batch import Bucket, ForwardBatch, StepOutput, packed_size, unpack
 from arctic_jax.config import ModelConfig
 from arctic_jax.engine import sampler
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.kv_cache import KVCache, KVCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
+from arctic_jax.models.speculator import Speculator, SpeculatorConfig, Vocabulary
 from arctic_jax.shift_parallel import MeshLayout
 
 Leaves = tuple[Array, ...]
@@ -44,14 +45,34 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """How a step drafts for the next one, with a speculator beside the model.
+
+    Attributes:
+        speculator_class, config: what the speculator is made of.
+        num_tokens: K, of a draft.
+        max_num_seqs: only the first so many sequences of a step get one.
+    """
+
+    speculator_class: type[Speculator]
+    config: SpeculatorConfig
+    num_tokens: int
+    max_num_seqs: int
+
+    def module(self, num_shards: int) -> Speculator:
+        """Return the speculator without its parameters."""
+        return nnx.eval_shape(lambda: self.speculator_class(self.config, num_shards))
+
+
+@dataclass(frozen=True)
 class StepProgram:
     """What all step programs of an engine have in common.
 
     A step is `step(leaves, cache, state, output, packed) -> (cache, state, output)`, where all but
     the first and the last argument are donated. `output [max_rows, ...]` is a packed `StepOutput`:
     as an argument the one of the step before, whose tokens its successor takes before the host has
-    seen them. `leaves` is the flat tuple of the model's parameters: rebuilding the module from it
-    happens while the program is traced, not at each call.
+    seen them. `leaves` is the flat tuple of the parameters, the model's and then the speculator's:
+    rebuilding the modules from it happens while the program is traced, not at each call.
 
     Nothing but `packed` lies at another address from step to step. On a GPU a program is a CUDA
     graph, and changed addresses cost as much of the host's time as all the rest of a launch.
@@ -65,6 +86,7 @@ class StepProgram:
         max_rows: of `output`.
         max_logprobs: most likely tokens in it.
         max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
+        drafting: `None` without a speculator.
     """
 
     model_class: type[LlamaForCausalLM]
@@ -78,6 +100,7 @@ class StepProgram:
     max_rows: int
     max_logprobs: int
     max_draft_len: int = 0
+    drafting: Drafting | None = None
 
     def lower(self, step: Step, mesh: Mesh) -> jax.stages.Lowered:
         """Trace and lower a step for the devices of `mesh`."""
@@ -115,7 +138,7 @@ class StepProgram:
         leaves = tuple(
             _abstract(leaf.shape, dtype, mesh, partition)
             for leaf, partition in zip(
-                jax.tree.leaves(self._model()), self.partitions[step.layout], strict=True
+                jax.tree.leaves(self._modules()), self.partitions[step.layout], strict=True
             )
         )
         shape = (step.num_blocks, cache.num_kv_heads, cache.block_size, cache.head_dim)
@@ -133,13 +156,14 @@ class StepProgram:
 
     def output(self, mesh: Mesh) -> Any:
         """Return the abstract output of a step."""
-        shape = (self.max_rows, StepOutput.width(self.max_logprobs))
+        drafted = self.drafting.num_tokens if self.drafting else 0
+        shape = (self.max_rows, StepOutput.width(self.max_logprobs, drafted))
         return _abstract(shape, jnp.int32, mesh)
 
-    def _model(self) -> LlamaForCausalLM:
-        """Return the module without its parameters."""
-        return _abstract_model(
-            self.model_class, self.model_config, self.num_shards, self.implementation
+    def _modules(self) -> tuple[LlamaForCausalLM, Speculator | None]:
+        """Return the modules without their parameters."""
+        return _abstract_modules(
+            self.model_class, self.model_config, self.num_shards, self.implementation, self.drafting
         )
 
     def _jitted(self, step: Step, mesh: Mesh) -> Any:
@@ -148,21 +172,27 @@ class StepProgram:
     def _function(self, step: Step, mesh: Mesh) -> Any:
         layout, bucket, _ = step
         max_draft_len = self.max_draft_len if bucket.num_rows > bucket.num_seqs else 0
-        tree = jax.tree.structure(self._model())
+        tree = jax.tree.structure(self._modules())
 
         def run(
             leaves: Leaves, cache: KVCache, state: SamplerState, before: Array, packed: Array
         ) -> tuple[KVCache, SamplerState, Array]:
-            model: LlamaForCausalLM = jax.tree.unflatten(tree, leaves)
+            model: LlamaForCausalLM
+            speculator: Speculator | None
+            model, speculator = jax.tree.unflatten(tree, leaves)
             batch = unpack(packed, bucket, self.max_blocks_per_seq)
             known = batch.token_source < 0
             drawn = StepOutput.token_ids_of(before)[jnp.maximum(batch.token_source, 0)]
             token_ids = jnp.where(known, batch.token_ids, drawn)
             batch = dataclasses.replace(batch, token_ids=token_ids)
-            logits, cache = model(batch, cache, layout)
+            hidden, cache = model.hidden_states(batch, cache, layout)
+            logits = model.logits(hidden, layout)
             output, state = sampler.sample(
                 logits, batch, state, self.max_logprobs, max_draft_len, model.implementation
             )
+            if self.drafting is not None and speculator is not None:
+                drafts = _draft(self.drafting, speculator, model, hidden, output, batch, layout)
+                output = dataclasses.replace(output, drafts=drafts)
             # An update in place of `before` makes XLA's CPU compiler crash on several devices.
             rows = jnp.pad(output.pack(), ((0, self.max_rows - bucket.num_rows), (0, 0)))
             return cache, state, rows
@@ -182,6 +212,41 @@ class StepProgram:
         return jax.default_matmul_precision(exact)
 
 
+def _draft(
+    drafting: Drafting,
+    speculator: Speculator,
+    model: LlamaForCausalLM,
+    hidden: Array,
+    output: StepOutput,
+    batch: ForwardBatch,
+    layout: MeshLayout,
+) -> Array:
+    """Draft after the last token that was drawn for each of the first sequences.
+
+    Args:
+        drafting: how much.
+        speculator: who drafts.
+        model: whose matrices it may use.
+        hidden: `[R, hidden]`; of each sequence the row that drew that token counts.
+        output: what was drawn.
+        batch: of the step.
+        layout: of the step.
+
+    Returns:
+        `[R, K]`, a row each sequence; of one that drew nothing, and in rows left over, anything.
+    """
+    num_rows, num_seqs = len(hidden), batch.seq_lens.shape[0]
+    rows = jnp.arange(num_rows)
+    draws = (batch.row_target < 0) & (output.token_ids >= 0)
+    last = jnp.zeros(num_seqs, jnp.int32).at[batch.row_seq].max(jnp.where(draws, rows, 0))
+    last = last[: drafting.max_num_seqs]
+    vocabulary = Vocabulary(model.embed, model.head)
+    drafts = speculator(
+        hidden[last], output.token_ids[last], vocabulary, layout, drafting.num_tokens
+    )
+    return jnp.pad(drafts, ((0, num_rows - len(last)), (0, 0)))
+
+
 def _abstract(
     shape: tuple[int, ...], dtype: Any, mesh: Mesh, partition: PartitionSpec = REPLICATED
 ) -> Any:  # a ShapeDtypeStruct that stands in for an Array
@@ -189,10 +254,12 @@ def _abstract(
 
 
 @functools.lru_cache(maxsize=1)  # it takes 50 ms, and every program asks for it several times
-def _abstract_model(
+def _abstract_modules(
     model_class: type[LlamaForCausalLM],
     config: ModelConfig,
     num_shards: int,
     implementation: str | None,
-) -> LlamaForCausalLM:
-    return nnx.eval_shape(lambda: model_class(config, num_shards, implementation))
+    drafting: Drafting | None,
+) -> tuple[LlamaForCausalLM, Speculator | None]:
+    model = nnx.eval_shape(lambda: model_class(config, num_shards, implementation))
+    return model, drafting.module(num_shards) if drafting else None

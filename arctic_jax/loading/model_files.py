@@ -108,6 +108,27 @@ def _over_base(
     return replace(base, config={**base.config, **config}, checkpoint=checkpoint)
 
 
+def open_weights(
+    model: str, revision: str | None, dummy: bool, report: Report = silent
+) -> tuple[dict[str, Any], Checkpoint | None]:
+    """Find what has weights but no tokenizer, and return its config and checkpoint.
+
+    Args:
+        model: a directory, or a hub id.
+        revision: on the hub.
+        dummy: whether the config is enough; then there is no checkpoint.
+        report: told how far downloading is.
+
+    Raises:
+        ModelNotFoundError, CheckpointError: see `arctic_jax.errors`.
+    """
+    path = resolve_model(model, revision, report)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory with a config.json")
+    config = _read_json(path / "config.json")
+    return config, None if dummy else SafetensorsCheckpoint(path)
+
+
 def save_all_but_weights(files: ModelFiles, directory: Path, dtype: str) -> None:
     """Write config, generation defaults and tokenizer into a new directory.
 

@@ -1,7 +1,7 @@
 """Who proposes drafts to the engine, and when. Host only, no jax; owned by the engine thread.
 
-A new way to draft is a class with this protocol and a row in `build_proposer`; those that need no
-device derive from `HostProposer` and say only what comes next.
+A new way to draft is a class with this protocol and a row in `build_proposer`; those that derive
+from `HostProposer` say only what comes next.
 """
 
 from __future__ import annotations
@@ -17,15 +17,22 @@ from arctic_jax.spec_decode.acceptance import Acceptance
 from arctic_jax.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # it imports jax, which this package does without
-    from arctic_jax.batch import ScheduledBatch
+    from arctic_jax.batch import HostOutput, ScheduledBatch
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens that may come next, and how probable each is if those before it do come."""
+    """Tokens that may come next.
+
+    Attributes:
+        token_ids: the tokens.
+        probs: how probable it is that each is accepted.
+        score: their sum, as the drafter itself adds them up; 0 of one that does not.
+    """
 
     token_ids: Sequence[int] = ()
     probs: Sequence[float] = ()
+    score: float = 0.0
 
 
 @dataclass
@@ -59,8 +66,8 @@ class Proposer(Protocol):
 
     stats: SpeculationStats
 
-    def propose(self, scheduled: ScheduledBatch) -> None:
-        """Set `Request.draft` of the requests of a step whose results were taken.
+    def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
+        """Set `Request.draft` of the requests of a step whose results, `output`, were taken.
 
         A draft comes after the known tokens. Those that are still being drawn are not known: such
         a draft makes the request wait for them, and is then replaced by a new one.
@@ -78,7 +85,7 @@ class NoProposer:
     def __init__(self) -> None:
         self.stats = SpeculationStats.zeros(0)
 
-    def propose(self, scheduled: ScheduledBatch) -> None:
+    def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
         """See `Proposer`."""
 
     def finish(self, request: Request) -> None:
@@ -95,7 +102,7 @@ class _Progress:
 
 
 class HostProposer:
-    """Drafts on the host from known tokens; its subclasses say how.
+    """Decides on the host which drafts there shall be; its subclasses say what they are.
 
     Args:
         config: lengths, cut-offs, and whether drafts follow their success.
@@ -122,7 +129,7 @@ class HostProposer:
         """Forget a request that was started."""
         raise NotImplementedError
 
-    def propose(self, scheduled: ScheduledBatch) -> None:
+    def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
         """See `Proposer`."""
         for part in scheduled.requests:
             if part.num_drafted:
@@ -146,6 +153,12 @@ class HostProposer:
         if self._progress.pop(request, None) is not None:
             self.stop(request)
 
+    @property
+    def hard_disabled(self) -> bool:
+        """Whether there are so many requests that nobody drafts."""
+        hard = self.config.hard_disable_by_batch_size
+        return hard is not None and len(self._progress) >= hard
+
     def _learn(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         progress = self._progress[request]
         if self.config.adaptive:
@@ -166,10 +179,9 @@ class HostProposer:
 
     def _within_cut_offs(self, requests: Sequence[Request]) -> Sequence[Request]:
         """Keep those that may draft: none in large batches, the longest known in medium ones."""
-        size, hard = len(self._progress), self.config.hard_disable_by_batch_size
-        if hard is not None and size >= hard:
+        if self.hard_disabled:
             return []
-        if size <= self.config.disable_by_batch_size:
+        if len(self._progress) <= self.config.disable_by_batch_size:
             return requests
         first = set(list(self._progress)[: self.config.disable_by_batch_size])
         return [request for request in requests if request in first]
@@ -188,6 +200,14 @@ class HostProposer:
 
 def build_proposer(config: SpeculativeConfig) -> Proposer:
     """Make the proposer that a user asked for; the only place that reads the method."""
+    if config.is_hybrid:
+        from arctic_jax.spec_decode.hybrid_proposer import HybridProposer
+
+        return HybridProposer(config)
+    if config.uses_speculator:
+        from arctic_jax.spec_decode.speculator_proposer import SpeculatorProposer
+
+        return SpeculatorProposer(config)
     if config.kind == "suffix":
         from arctic_jax.spec_decode.suffix_proposer import SuffixProposer  # it loads numba
 

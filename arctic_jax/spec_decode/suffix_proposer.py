@@ -46,7 +46,7 @@ class SuffixProposer(HostProposer):
             self.config.suffix_max_spec_offset,
             self.config.suffix_min_token_prob,
         )
-        return [Draft(draft.token_ids, draft.probs) for draft in found]
+        return [Draft(draft.token_ids, draft.probs, draft.score) for draft in found]
 
     def stop(self, request: Request) -> None:
         """See `HostProposer`."""

@@ -23,8 +23,8 @@ from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
 from arctic_jax.request import SamplingParams
 from arctic_jax.training import data
-from arctic_jax.training.distill import load_weights
 from arctic_jax.training.forward import Batch, Weights, hidden_states
+from arctic_jax.training.loop import load_weights
 from arctic_jax.training.losses import Comparison, compare
 from arctic_jax.training.swiftkv_checkpoint import STUDENTS, original_weights
 

@@ -1,4 +1,4 @@
-"""Text to distil on: a model's own answers to prompts, by the engine. Host only."""
+"""Text to train on: a model's own answers to prompts, by the engine. Host only."""
 
 from __future__ import annotations
 
@@ -63,10 +63,7 @@ def generate(
     Returns:
         Lines written, and tokens generated.
     """
-    longest = llm.engine.runner.max_model_len  # pyright: ignore[reportAttributeAccessIssue]
-    room = longest - (params.max_tokens or 1)
-    template = llm.engine.tokenizer.apply_chat_template
-    asked = [messages for messages in conversations if len(template(messages)) < room]
+    asked = that_fit(llm, conversations, params.max_tokens or 1)
     outputs = llm.chat(asked, params)
     files = {True: held_back or out, False: out}
     lines: dict[Path, list[str]] = {path: [] for path in files.values()}
@@ -82,3 +79,14 @@ def generate(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(written), "utf-8")
     return sum(map(len, lines.values())), tokens
+
+
+def that_fit(
+    llm: LLM, conversations: Sequence[Sequence[Mapping[str, str]]], max_tokens: int
+) -> list[Sequence[Mapping[str, str]]]:
+    """Leave out conversations that have no room for an answer of so many tokens."""
+    longest = llm.engine.runner.max_model_len  # pyright: ignore[reportAttributeAccessIssue]
+    template = llm.engine.tokenizer.apply_chat_template
+    return [
+        messages for messages in conversations if len(template(messages)) < longest - max_tokens
+    ]

@@ -161,8 +161,8 @@ def test_weights_are_not_stored_twice() -> None:
         for view, whole in zip(fine.addressable_shards, coarse.addressable_shards, strict=True):
             offset = view.data.unsafe_buffer_pointer() - whole.data.unsafe_buffer_pointer()
             assert 0 <= offset <= whole.data.nbytes - view.data.nbytes
-    tree = jax.tree.structure(engine.runner.programs._program._model())
-    model = jax.tree.unflatten(tree, many)
+    tree = jax.tree.structure(engine.runner.programs._program._modules())
+    model, _ = jax.tree.unflatten(tree, many)
     parts = {
         path: leaf.shape[0] // leaf[...].addressable_shards[0].data.shape[0]
         for path, leaf in named_parameters(model).items()

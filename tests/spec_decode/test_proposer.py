@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from arctic_jax.batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.request import Request, RequestStatus, SamplingParams
 from arctic_jax.spec_decode.acceptance import MIN_GAIN, Acceptance
+from arctic_jax.spec_decode.hybrid_proposer import HybridProposer
 from arctic_jax.spec_decode.ngram_proposer import NgramProposer
 from arctic_jax.spec_decode.proposer import NoProposer, Proposer, build_proposer
+from arctic_jax.spec_decode.speculator_proposer import SpeculatorProposer
 from arctic_jax.spec_decode.suffix_proposer import SuffixProposer
 from arctic_jax.speculative_config import SpeculativeConfig
 
@@ -25,6 +28,11 @@ def request_of(
     return request
 
 
+def output_of(drafts: Sequence[Sequence[int]]) -> HostOutput:
+    empty = np.zeros((0, 0))
+    return HostOutput(empty, empty, empty, empty, empty, empty, np.array(drafts or empty, int))
+
+
 def extend(request: Request, tokens: Sequence[int]) -> None:
     for token in tokens:
         request.expect_token()
@@ -32,12 +40,17 @@ def extend(request: Request, tokens: Sequence[int]) -> None:
 
 
 def propose(
-    proposer: Proposer, *requests: Request, drafted: int = 0, accepted: int = 0
+    proposer: Proposer,
+    *requests: Request,
+    drafted: int = 0,
+    accepted: int = 0,
+    drafts: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:
+    """What each drafts after a step; `drafts`: those that the device made in it."""
     parts = [
         ScheduledRequest(r, 0, 1 + drafted, 1 + drafted, True, drafted, accepted) for r in requests
     ]
-    proposer.propose(ScheduledBatch(tuple(parts)))
+    proposer.propose(ScheduledBatch(tuple(parts)), output_of(drafts))
     return [list(request.draft) for request in requests]
 
 
@@ -54,6 +67,8 @@ def test_the_method_chooses_the_proposer() -> None:
     assert isinstance(build_proposer(SpeculativeConfig()), NoProposer)
     assert isinstance(build_proposer(SpeculativeConfig("suffix")), SuffixProposer)
     assert isinstance(build_proposer(SpeculativeConfig("ngram")), NgramProposer)
+    assert type(speculator()) is SpeculatorProposer
+    assert type(speculator(enable_suffix_decoding=True)) is HybridProposer
 
 
 @pytest.mark.parametrize(("make", "draft"), [(suffix, [4, 5, 6]), (ngram, [4, 5, 6, 7])])
@@ -87,6 +102,57 @@ def test_the_global_tree_can_be_switched_off() -> None:
     first = request_of([50, 51], [10, 11, 12, 13, 14, 15])
     propose(proposer, first)
     assert propose(proposer, request_of([60], [10, 11, 12])) == [[]]
+
+
+def speculator(**settings: object) -> Proposer:
+    given = {"model": "m", "num_speculative_tokens": 3, "adaptive": False}
+    return build_proposer(SpeculativeConfig("arctic", **(given | settings)))
+
+
+def test_a_speculators_drafts_are_those_of_the_device() -> None:
+    proposer = speculator()
+    requests = [request_of([1, 2], [i]) for i in range(3)]
+    waiting = request_of([1, 2], [])
+    requests.insert(1, waiting)
+    made = [[i, i + 1, i + 2] for i in range(0, 40, 10)] + [[0, 0, 0]] * 4
+    wanted = [[0, 1, 2], [], [20, 21, 22], [30, 31, 32]]
+    assert propose(proposer, *requests, drafts=made) == wanted
+    requests[0].max_tokens = 3  # room for one draft and the token after it
+    assert propose(proposer, requests[0], drafts=made) == [[0]]
+    # Two were wrong: there are three again.
+    assert propose(proposer, requests[2], drafted=3, accepted=1, drafts=made) == [[0, 1, 2]]
+    assert proposer.stats.accepted.tolist() == [1, 0, 0]
+
+
+def test_a_speculator_drafts_for_the_first_of_a_large_batch_and_in_a_larger_for_nobody() -> None:
+    proposer = speculator(disable_by_batch_size=2, hard_disable_by_batch_size=4)
+    requests = [request_of([1, 2], [3]) for _ in range(4)]
+    made = [[7, 8, 9]] * 8
+    assert [bool(d) for d in propose(proposer, *requests[:3], drafts=made)] == [True, True, False]
+    assert not any(propose(proposer, *requests, drafts=made))
+
+
+def test_the_hybrid_takes_the_suffix_draft_if_its_score_reaches_three() -> None:
+    """Said once before, a token has probability 1/2: six of them have a score of exactly 3."""
+    made = [[90, 91, 92]]
+    for count, matched in ((5, False), (6, True)):
+        proposer = speculator(enable_suffix_decoding=True)
+        request = request_of(list(range(1, 16)), range(1, count + 1))
+        wanted = [*range(count + 1, 2 * count + 1)] if matched else made[0]
+        assert propose(proposer, request, drafts=made) == [wanted]
+        assert [bool(request.draft), len(request.draft)] == [True, len(wanted)]
+
+
+def test_the_hybrids_soft_cut_off_is_the_speculators_alone() -> None:
+    settings = {"disable_by_batch_size": 1, "hard_disable_by_batch_size": 4}
+    proposer = speculator(enable_suffix_decoding=True, **settings)
+    plain, other = request_of([1, 2], [3]), request_of([4, 5], [6])
+    sure = request_of(list(range(1, 16)), range(1, 9))
+    made = [[90, 91, 92]] * 3
+    drafts = propose(proposer, plain, other, sure, drafts=made)
+    assert drafts == [made[0], [], [*range(9, 16), 1][: len(drafts[2])]]
+    assert len(drafts[2]) >= 6
+    assert not any(propose(proposer, plain, other, sure, request_of([9], [9]), drafts=made))
 
 
 REPEATING = [1, 2, 3, 4, 5, 6, 7, 8] * 2

@@ -406,7 +406,10 @@ def test_an_interrupted_run_keeps_what_it_has(base: Path, text: Path, tmp_path: 
     assert not (out / "model").exists()
     resumed: list[Any] = []
     distill(load, text, out, recipe_of(), on_step=resumed.append)
-    assert [line["step"] for line in resumed] == [5, 6, 7]
+    # The device had begun step 5: it is finished, and saved.
+    assert [line["step"] for line in resumed] == [6, 7]
+    logged = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == list(range(8))
     assert (out / "model").exists()
 
 

@@ -1,0 +1,47 @@
+"""Suffix decoding where it is sure of itself, the speculator's drafts elsewhere. Host only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from arctic_jax.request import Request
+from arctic_jax.spec_decode.proposer import Draft
+from arctic_jax.spec_decode.speculator_proposer import SpeculatorProposer
+from arctic_jax.spec_decode.suffix_proposer import SuffixProposer
+from arctic_jax.speculative_config import SpeculativeConfig
+
+
+class HybridProposer(SpeculatorProposer):
+    """Arctic Inference's rule: a suffix draft, if its score reaches the speculator's length.
+
+    The score is how many of its tokens should be accepted, and the speculator cannot have more than
+    its length accepted. The soft cut-off is the speculator's alone.
+    """
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        super().__init__(config)
+        self.suffix = SuffixProposer(config)
+
+    def start(self, request: Request) -> None:
+        """See `HostProposer`."""
+        self.suffix.start(request)
+
+    def observe(self, tokens: Mapping[Request, Sequence[int]]) -> None:
+        """See `HostProposer`."""
+        self.suffix.observe(tokens)
+
+    def stop(self, request: Request) -> None:
+        """See `HostProposer`."""
+        self.suffix.stop(request)
+
+    def drafts(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[Draft]:
+        """See `HostProposer`."""
+        by_suffix = self.suffix.drafts(requests, limits)
+        by_speculator = super().drafts(requests, limits)
+        return [
+            long if long.score >= self.config.num_drafted_by_speculator else short
+            for long, short in zip(by_suffix, by_speculator, strict=True)
+        ]
+
+    def _within_cut_offs(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return [] if self.hard_disabled else requests

@@ -1,0 +1,109 @@
+"""`arctic-jax speculator`: make a speculator, and see how many of its drafts are accepted."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from arctic_jax.serving import training
+from arctic_jax.serving.options import command, make_llm, stderr, stdout
+from arctic_jax.serving.training_progress import training_bars
+
+app = typer.Typer(help="Make speculators.", no_args_is_help=True)
+command(app, "generate")(training.generate)
+
+
+@command(app, "train")
+def train(
+    model: training.Model,
+    data: Annotated[Path, typer.Argument(help='JSON lines of "messages" or "text".')],
+    out: Annotated[Path, typer.Argument(help="A folder; what was begun there goes on.")],
+    kind: Annotated[str, typer.Option(help="lstm or mlp.")] = "lstm",
+    inner_size: Annotated[int, typer.Option(min=1, help="Of its states.")] = 1024,
+    n_predict: Annotated[int, typer.Option(min=1, help="Tokens of a draft.")] = 3,
+    share: Annotated[
+        bool, typer.Option("--share/--no-share", help="Use the model's embedding and head.")
+    ] = True,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step, all devices.")] = 16,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
+    schedule: Annotated[str, typer.Option(help="After the warm-up: cosine, constant.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.1,
+    dtype: Annotated[
+        str, typer.Option(help="Of the computation; masters are float32.")
+    ] = "bfloat16",
+    attention: Annotated[
+        str | None, typer.Option(help="xla or cudnn; by default the faster one that can run.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first weights and the data's order.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+) -> None:
+    """Train a speculator for a model, on all devices; see docs/speculative-decoding.md."""
+    from arctic_jax.config import LoadConfig
+    from arctic_jax.training import speculator
+
+    recipe = speculator.Recipe(
+        kind=kind,
+        inner_size=inner_size,
+        n_predict=n_predict,
+        shares=share,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        learning_rate=learning_rate,
+        schedule=schedule,  # pyright: ignore[reportArgumentType]  # it checks
+        warmup=warmup,
+        weight_decay=weight_decay,
+        dtype=dtype,
+        attention=attention,  # pyright: ignore[reportArgumentType]  # JAX checks
+        seed=seed,
+        save_every=save_every,
+    )
+
+    def figures(line: Mapping[str, float]) -> str:
+        accepted = "  ".join(f"{line[f'accepted_{k}']:.1%}" for k in range(1, n_predict + 1))
+        return f"loss {line['loss']:.3f}  accepted {accepted}"
+
+    with training_bars("Training", figures) as (report, on_step):
+        count = speculator.train(LoadConfig(model=model), data, out, recipe, report, on_step)
+    made = out / speculator.SPECULATOR
+    config = json.dumps({"method": "arctic", "model": str(made)})
+    stderr.print(Text(f"{made} has {count / 1e6:.2f} million parameters", "dim"))
+    stderr.print(Text(f"try: arctic-jax generate --speculative-config '{config}'", "dim"))
+
+
+@command(app, "evaluate")
+def evaluate(
+    engine: dict[str, Any],
+    speculator: Annotated[str, typer.Argument(help="A folder or a hub id.")],
+    prompts: Annotated[list[Path], typer.Argument(help="JSON lines with prompts, a set each.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="So many prompts of each.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+) -> None:
+    """Let the engine answer greedily with a speculator's drafts, and count those accepted."""
+    from arctic_jax.speculative_config import SpeculativeConfig
+    from arctic_jax.training import evaluate_speculator
+
+    given = {"method": "arctic", "model": speculator, "adaptive": False}
+    if engine["speculative_config"] is not None:
+        SpeculativeConfig.from_user(engine["speculative_config"])
+        given |= json.loads(engine["speculative_config"])
+    llm = make_llm(engine | {"speculative_config": given})
+    results = {
+        "model": engine["model"],
+        "speculator": speculator,
+        "speculative_config": given,
+        "sets": evaluate_speculator.evaluate(llm, prompts, limit, max_tokens),
+    }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    stdout.print_json(json.dumps(results))

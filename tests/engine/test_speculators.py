@@ -1,0 +1,247 @@
+"""Speculators within the step program: what they draft, and that answers stay what they were."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from safetensors.numpy import load_file, save_file
+from speculation_cases import (
+    ARRIVALS,
+    BEGINNINGS,
+    REQUESTS,
+    SCHEDULES,
+    Replay,
+    assert_equal,
+    generate,
+    greedy,
+)
+from swiftkv_model import swiftkv_config, swiftkv_tensors
+from tiny_engine import CONFIG, make_engine, make_tensors
+from tiny_speculator import (
+    LSTM,
+    MLP,
+    SHARING,
+    make_speculator,
+    plain_drafts,
+    write_speculator,
+)
+
+from arctic_jax.batch import HostOutput, ScheduledBatch
+from arctic_jax.config import ModelConfig
+from arctic_jax.engine.core import EngineCore
+from arctic_jax.models.registry import model_class
+from arctic_jax.request import Request
+from arctic_jax.spec_decode.proposer import build_proposer
+from arctic_jax.training.forward import Batch, hidden_states, logits
+
+VOCAB = CONFIG["vocab_size"]
+
+
+def successors(answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """`[vocab, vocab]`, one in row v and column u if v came most often after u."""
+    counts = np.zeros((VOCAB, VOCAB))
+    for tokens in answers:
+        np.add.at(counts, (tokens[1:], tokens[:-1]), 1)
+    follows = np.zeros((VOCAB, VOCAB), np.float32)
+    follows[counts.argmax(0), np.arange(VOCAB)] = 1
+    return follows
+
+
+def knowing_speculator(
+    directory: Path, config: dict[str, Any], answers: Sequence[Sequence[int]]
+) -> Path:
+    """One that knows nothing but which token came after which: some of its drafts are right."""
+    config = config | {"inner_dim": VOCAB, "tie_weights": True, "n_predict": 3}
+    config |= {key: VOCAB for key in ("proj_dim", "emb_dim") if key in LSTM and "method" in config}
+    tensors = {name: np.zeros_like(t) for name, t in make_speculator(config).items()}
+    for name in tensors:
+        if name.endswith("ln.0.weight"):
+            tensors[name] += 1
+        elif "emb" in name:
+            tensors[name] += np.eye(VOCAB, dtype=np.float32)
+        elif name == "head.0.weight":
+            tensors[name] = successors(answers)
+    return write_speculator(directory, config, tensors)
+
+
+def speculating(path: Path, *model: Any, more: dict[str, Any] = {}, **options: Any) -> EngineCore:  # noqa: B006
+    config = {"method": "arctic", "model": str(path)} | more
+    return make_engine(*model, speculative_config=config, **options)
+
+
+def answers_of(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> list[list[int]]:
+    """Greedy answers by a loop over the whole sequence."""
+    model_config: ModelConfig = model_class(config).config_from_hf(config)
+    weights = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+
+    @jax.jit
+    def next_token(ids: jax.Array, length: jax.Array) -> jax.Array:
+        batch = Batch(ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids), jnp.ones_like(ids))
+        last = hidden_states(weights, model_config, batch).last[0, length - 1]
+        return logits(weights, model_config, last).argmax()
+
+    answers = []
+    for prompt in BEGINNINGS:
+        ids = np.zeros((1, len(prompt) + 60), np.int32)
+        ids[0, : len(prompt)] = prompt
+        for i in range(len(prompt), ids.shape[1]):
+            ids[0, i] = next_token(ids, i)
+        answers.append(ids[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.fixture(scope="module")
+def cramped_hybrid(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
+    """Prompts come in chunks of a few tokens, and requests preempt each other all the time."""
+    path = knowing_speculator(
+        tmp_path_factory.mktemp("lstm"), LSTM, answers_of(CONFIG, make_tensors())
+    )
+    options = {"num_blocks": 26, "max_num_batched_tokens": 12, "max_num_mixed_tokens": 5}
+    return speculating(path, more={"enable_suffix_decoding": True}, **options)
+
+
+@pytest.fixture(scope="module")
+def swiftkv_engine(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
+    config = swiftkv_config(2, 2, 4)
+    model = config, swiftkv_tensors(config)
+    path = knowing_speculator(tmp_path_factory.mktemp("mlp"), MLP, answers_of(*model))
+    tensors = {f"speculator.{name}": t for name, t in load_file(path / "model.safetensors").items()}
+    save_file(tensors, path / "model.safetensors")
+    more = {"method": "mlp_speculator", "num_speculative_tokens": 2}
+    return speculating(path, *model, more=more, num_blocks=26, max_num_batched_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def two_layouts(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
+    """With a speculator of random weights, that uses the model's own matrices."""
+    if jax.device_count() < 4:
+        pytest.skip(f"{jax.device_count()} devices")
+    path = write_speculator(tmp_path_factory.mktemp("random"), LSTM | SHARING)
+    mesh = {"tensor_parallel_size": 2, "ulysses_sequence_parallel_size": 2}
+    return speculating(path, **mesh, shift_parallel_threshold=6, max_num_batched_tokens=8)
+
+
+def check_any_schedule(engine: EngineCore, requests: list, arrivals: list[int]) -> None:
+    if not engine.runner.max_prompt_rows:  # SwiftKV
+        requests = [(p, replace(s, prompt_logprobs=None)) for p, s in requests]
+    plain = generate(engine, requests, arrivals=arrivals)
+    drafted = generate(engine, requests, build_proposer(engine.config.speculative), arrivals)
+    for actual, wanted in zip(drafted, plain, strict=True):
+        assert_equal(actual, wanted)
+
+
+@settings(SCHEDULES, max_examples=20)
+@given(REQUESTS, ARRIVALS)
+def test_any_schedule_of_the_hybrid(
+    cramped_hybrid: EngineCore, requests: list, arrivals: list[int]
+) -> None:
+    check_any_schedule(cramped_hybrid, requests, arrivals)
+
+
+@settings(SCHEDULES, max_examples=20)
+@given(REQUESTS, ARRIVALS)
+def test_any_schedule_with_swiftkv(
+    swiftkv_engine: EngineCore, requests: list, arrivals: list[int]
+) -> None:
+    check_any_schedule(swiftkv_engine, requests, arrivals)
+
+
+@settings(SCHEDULES, max_examples=6)
+@given(REQUESTS, ARRIVALS)
+def test_any_schedule_in_both_layouts(
+    two_layouts: EngineCore, requests: list, arrivals: list[int]
+) -> None:
+    check_any_schedule(two_layouts, requests, arrivals)
+
+
+@pytest.mark.parametrize("name", ["cramped_hybrid", "swiftkv_engine"])
+def test_right_drafts_are_accepted(name: str, request: pytest.FixtureRequest) -> None:
+    engine = request.getfixturevalue(name)
+    requests = [(prompt, greedy(30)) for prompt in BEGINNINGS]
+    plain = generate(engine, requests)
+    proposer = build_proposer(engine.config.speculative)
+    for actual, wanted in zip(generate(engine, requests, proposer), plain, strict=True):
+        assert_equal(actual, wanted)
+    drafted, accepted = proposer.stats.drafted.sum(), proposer.stats.accepted.sum()
+    assert 0.2 * drafted < accepted < drafted
+
+
+@pytest.mark.parametrize("name", ["cramped_hybrid", "swiftkv_engine"])
+@pytest.mark.parametrize("length", [92, 93, 94, 95])
+def test_answers_end_at_the_context_length(
+    name: str, length: int, request: pytest.FixtureRequest
+) -> None:
+    engine = request.getfixturevalue(name)
+    requests = [([3] * length, greedy(None))]
+    plain = generate(engine, requests)
+    assert len(plain[0].token_ids) == 96 - length
+    proposer = build_proposer(engine.config.speculative)
+    assert_equal(generate(engine, requests, proposer)[0], plain[0])
+
+
+class Recorder(Replay):
+    """Proposes what is known to come, some of it wrong, and notes what the device drafts."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.drafted: list[tuple[list[int], list[int]]] = []
+
+    def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
+        for part, draft in zip(scheduled.requests, output.drafts.tolist(), strict=False):
+            if part.samples and not part.request.status.finished:
+                known = part.request.prompt_token_ids + part.request.output_token_ids
+                self.drafted.append((known, draft))
+        super().propose(scheduled, output)
+
+
+def test_the_device_drafts_from_the_row_that_was_accepted_last(two_layouts: EngineCore) -> None:
+    requests = [(prompt[: 20 - i], greedy(16)) for i, prompt in enumerate(BEGINNINGS)]
+    plain = generate(two_layouts, requests)
+
+    def answers(request: Request) -> Sequence[int]:
+        return plain[int(request.request_id)].token_ids
+
+    proposer = Recorder(answers, rate=0.7)
+    generate(two_layouts, requests, proposer)
+    assert 0 < proposer.stats.accepted.sum() < proposer.stats.drafted.sum()
+    assert len(proposer.drafted) > 20
+    tensors = make_tensors()
+    config: ModelConfig = model_class(CONFIG).config_from_hf(CONFIG)
+    base = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    for known, draft in proposer.drafted:
+        ids = np.array([known[:-1]])
+        batch = Batch(ids, np.arange(ids.size)[None], np.ones_like(ids), np.ones_like(ids))
+        last = np.asarray(hidden_states(tensors, config, batch).last)[0, -1:]
+        speculator = LSTM | SHARING
+        wanted, _ = plain_drafts(
+            speculator, make_speculator(speculator), base, last, np.array(known[-1:])
+        )
+        assert draft == wanted[0].tolist()
+
+
+def test_as_many_tokens_as_are_wanted(swiftkv_engine: EngineCore) -> None:
+    assert swiftkv_engine.config.speculative.max_draft_len == 2
+    assert len(swiftkv_engine.proposer.stats.drafted) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"input_hidden_dim": 64}, {}, "'.*spec' was not made for the model 'smollm2.*64, not 32"),
+        ({"architectures": ["LlamaForCausalLM"]}, {}, "not supported; supported: .*ArcticLSTM"),
+        ({}, {"num_speculative_tokens": 4}, "=4, but the speculator '.*spec' drafts at most 3"),
+    ],
+)
+def test_a_speculator_that_does_not_fit_is_refused(
+    changes: dict, more: dict, message: str, tmp_path: Path
+) -> None:
+    path = write_speculator(tmp_path / "spec", LSTM | changes, {"none": np.zeros(1, np.float32)})
+    given = {"method": "arctic", "model": str(path)} | more
+    with pytest.raises(ValueError, match=message):
+        make_engine(speculative_config=given)

@@ -1,0 +1,137 @@
+"""What tests of speculation share: requests of all kinds, and a drafter whose success is known."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from tiny_engine import GREEDY
+
+from arctic_jax.engine.core import EngineCore
+from arctic_jax.request import CompletionOutput, Request, SamplingParams
+from arctic_jax.spec_decode.proposer import Draft, HostProposer, NoProposer, Proposer
+from arctic_jax.speculative_config import SpeculativeConfig
+
+K = 3
+CONFIG = SpeculativeConfig("ngram", num_speculative_tokens=K, adaptive=False)
+
+
+class Replay(HostProposer):
+    """Drafts each token rightly with a given probability, from answers that are known.
+
+    Args:
+        answers: to a request: its output tokens without speculation.
+        rate: of right tokens.
+        seed: of the wrong ones, and of the lengths of drafts.
+    """
+
+    def __init__(
+        self, answers: Callable[[Request], Sequence[int]], rate: float, seed: int = 0
+    ) -> None:
+        super().__init__(CONFIG)
+        self.answers, self.rate = answers, rate
+        self.rng = np.random.default_rng(seed)
+
+    def start(self, request: Request) -> None:
+        pass
+
+    def observe(self, tokens: Mapping[Request, Sequence[int]]) -> None:
+        pass
+
+    def stop(self, request: Request) -> None:
+        pass
+
+    def drafts(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[Draft]:
+        return [self.draft(r, limit) for r, limit in zip(requests, limits, strict=True)]
+
+    def draft(self, request: Request, limit: int) -> Draft:
+        begin = len(request.output_token_ids)
+        tokens = [int(t) for t in self.answers(request)[begin : begin + limit]]
+        if self.rate < 1:
+            tokens = tokens[: self.rng.integers(0, limit, endpoint=True)]
+        right = self.rng.random(len(tokens)) < self.rate
+        wrong = self.rng.integers(0, 97, len(tokens))
+        tokens = [t if ok else int(w) for t, ok, w in zip(tokens, right, wrong, strict=True)]
+        return Draft(tokens, [1.0] * len(tokens))
+
+
+def greedy(max_tokens: int | None, **more: Any) -> SamplingParams:
+    return dataclasses.replace(GREEDY, max_tokens=max_tokens, **more)
+
+
+def generate(
+    engine: EngineCore,
+    requests: Sequence[tuple[list[int], SamplingParams]],
+    proposer: Proposer | None = None,
+    arrivals: Sequence[int] | None = None,
+) -> list[CompletionOutput]:
+    """The answers, with all drafts from one proposer; no block is ever leaked."""
+    engine.proposer = proposer or NoProposer()
+    waiting = dict(enumerate(requests))
+    arrivals = arrivals or [0] * len(requests)
+    done, step = {}, 0
+    while waiting or engine.has_requests:
+        for i in [i for i in waiting if arrivals[i] <= step]:
+            engine.add_request(str(i), *waiting.pop(i), cache_salt=str(id(proposer)))
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output.outputs[0]
+        engine.check()
+        step += 1
+        assert step < 3000
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
+    return [done[str(i)] for i in range(len(requests))]
+
+
+def replay(plain: Sequence[CompletionOutput], rate: float, seed: int = 0) -> Replay:
+    return Replay(lambda request: plain[int(request.request_id)].token_ids, rate, seed)
+
+
+def assert_equal(actual: CompletionOutput, plain: CompletionOutput) -> None:
+    for name in ("token_ids", "text", "finish_reason", "stop_reason", "error"):
+        assert getattr(actual, name) == getattr(plain, name), name
+    for entries, others in zip(actual.logprobs or (), plain.logprobs or (), strict=True):
+        assert entries.keys() == others.keys()
+        for token, entry in entries.items():
+            assert entry.logprob == pytest.approx(others[token].logprob, abs=2e-4)
+
+
+BEGINNINGS = [[int(t) for t in np.random.default_rng(i).integers(0, 97, 24)] for i in range(3)]
+PROMPTS = st.tuples(
+    st.integers(0, 2),
+    st.integers(0, 24),
+    st.lists(st.integers(0, 96), min_size=1, max_size=30),
+).map(lambda parts: BEGINNINGS[parts[0]][: parts[1]] + parts[2])
+PARAMS = st.fixed_dictionaries(
+    {"max_tokens": st.integers(1, 16) | st.none()},
+    optional={
+        "temperature": st.sampled_from([0.5, 1.0, 1.5]),
+        "top_k": st.integers(1, 20),
+        "top_p": st.floats(0.3, 1.0),
+        "min_p": st.floats(0.0, 0.2),
+        "seed": st.integers(0, 1000),
+        "repetition_penalty": st.floats(0.6, 1.6),
+        "presence_penalty": st.floats(-1, 2),
+        "frequency_penalty": st.floats(-1, 2),
+        "logit_bias": st.dictionaries(st.integers(0, 96), st.floats(-5, 5), max_size=5),
+        "bad_words": st.lists(st.integers(0, 96).map(str), min_size=1, max_size=3),
+        "allowed_token_ids": st.lists(st.integers(0, 96), min_size=1, max_size=60),
+        "logprobs": st.integers(0, 5),
+        "prompt_logprobs": st.integers(0, 3),
+        "stop_token_ids": st.lists(st.integers(0, 96), min_size=1, max_size=10),
+        "stop": st.lists(st.integers(0, 99).map(str), min_size=1, max_size=4),
+    },
+).map(lambda given: SamplingParams(**({"temperature": 0.0, "seed": 0} | given)))
+MIN_TOKENS = st.tuples(PARAMS, st.integers(0, 8)).map(
+    lambda pair: dataclasses.replace(pair[0], min_tokens=min(pair[1], pair[0].max_tokens or 99))
+)
+REQUESTS = st.lists(st.tuples(PROMPTS, PARAMS | MIN_TOKENS), min_size=1, max_size=7)
+ARRIVALS = st.lists(st.integers(0, 8), min_size=7, max_size=7)
+SCHEDULES = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
