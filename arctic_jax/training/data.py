@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import queue
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from arctic_jax.loading.tokenizer import Tokenizer
 OPEN_ROWS = 64
 """Rows that are tried for a sequence before a new one is begun."""
 
-READERS = 4
-LINES_AT_ONCE = 32
+LINES_AT_ONCE = 1024
+"""Lines that are encoded together."""
 
 
 @dataclass(frozen=True)
@@ -80,53 +78,41 @@ def read_samples(path: Path, tokenizer: Tokenizer) -> Iterator[Sample]:
     Raises:
         ValueError: a line is of neither form; the message has its number.
     """
-    lines = [
-        (f"{path}:{number}", line)
-        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1)
-        if line.strip()
-    ]
-    # Chat templates are rendered by processes, one a tokenizer: threads wait for several at once.
-    tokenizers: queue.SimpleQueue[Tokenizer] = queue.SimpleQueue()
-    for _ in range(READERS):
-        tokenizers.put(Tokenizer(tokenizer.hf))
-
-    def samples(some: Sequence[tuple[str, str]]) -> list[Sample]:
-        own = tokenizers.get()
-        try:
-            return [_read(line, where, own) for where, line in some]
-        finally:
-            tokenizers.put(own)
-
-    with ThreadPoolExecutor(READERS) as threads:
-        try:
-            for some in threads.map(samples, itertools.batched(lines, LINES_AT_ONCE)):
-                yield from some
-        finally:
-            threads.shutdown(cancel_futures=True)
+    with path.open(encoding="utf-8") as file:
+        numbered = ((f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip())
+        for some in itertools.batched(numbered, LINES_AT_ONCE):
+            yield from _encode([_read(line, where, tokenizer) for where, line in some], tokenizer)
 
 
-def _read(line: str, where: str, tokenizer: Tokenizer) -> Sample:
+@dataclass(frozen=True)
+class _Piece:
+    """Text of a sequence that is encoded by itself, and whether its tokens count."""
+
+    text: str
+    counts: bool
+    is_whole: bool = False
+    """Whether it is all of the sequence, and gets the special tokens of a text."""
+
+
+def _read(line: str, where: str, tokenizer: Tokenizer) -> list[_Piece]:
     try:
-        return _sample(json.loads(line), tokenizer)
+        return _pieces(json.loads(line), tokenizer)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: {error!r}") from error
 
 
-def _sample(line: Mapping[str, Any], tokenizer: Tokenizer) -> Sample:
+def _pieces(line: Mapping[str, Any], tokenizer: Tokenizer) -> list[_Piece]:
     if "messages" in line:
         return _conversation(line["messages"], tokenizer)
-    if isinstance(line.get("text"), str):
-        ids = tokenizer.encode(line["text"])
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        return Sample(ids, [True] * len(ids))
+    if isinstance(text := line.get("text"), str):
+        text.encode()  # half a surrogate pair, as JSON can hold, is found here
+        return [_Piece(text, counts=True, is_whole=True)]
     raise ValueError('neither "messages" nor "text"')
 
 
-def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Sample:
-    """Encode a conversation piece by piece, since what the assistant says counts and no more."""
-    ids: list[int] = []
-    counts: list[bool] = []
+def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[_Piece]:
+    """Split a conversation, since what the assistant says counts and no more."""
+    pieces: list[_Piece] = []
     written = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -135,11 +121,25 @@ def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -
             text = tokenizer.render_chat_template(messages[:end], add_generation_prompt=asked)
             if not text.startswith(written):
                 raise ValueError("the chat template does not only add text as messages are added")
-            piece = tokenizer.encode(text[len(written) :], add_special_tokens=False)
-            ids += piece
-            counts += [counted] * len(piece)
+            pieces.append(_Piece(text[len(written) :], counted))
             written = text
-    return Sample(ids, counts)
+    return pieces
+
+
+def _encode(sequences: Sequence[Sequence[_Piece]], tokenizer: Tokenizer) -> Iterator[Sample]:
+    """Encode the pieces of many sequences at once: the tokenizer has threads."""
+    ids: dict[_Piece, list[int]] = {}
+    for is_whole in (False, True):
+        kind = [piece for pieces in sequences for piece in pieces if piece.is_whole == is_whole]
+        encoded = tokenizer.encode_batch([p.text for p in kind], add_special_tokens=is_whole)
+        ids |= dict(zip(kind, encoded, strict=True))
+    for pieces in sequences:
+        tokens = [token for piece in pieces for token in ids[piece]]
+        counts = [piece.counts for piece in pieces for _ in ids[piece]]
+        if any(piece.is_whole for piece in pieces) and tokenizer.eos_token_id is not None:
+            tokens.append(tokenizer.eos_token_id)
+            counts.append(True)
+        yield Sample(tokens, counts)
 
 
 def pack(samples: Sequence[Sample], length: int) -> Rows:

@@ -12,8 +12,8 @@ cd "$(dirname "$0")/../.."
 (($#)) || { echo "give files of prompts, one JSON object a line" >&2; exit 2; }
 model=${MODEL:-smollm2-135m-instruct}
 layers=${LAYERS:-15} group=${GROUP:-1}
-answers=${ANSWERS:-1} limit=${LIMIT:-20000} max_tokens=${MAX_TOKENS:-512}
-epochs=${EPOCHS:-4} steps=${STEPS:-} batch=${BATCH:-16} length=${LENGTH:-1024} rate=${RATE:-2e-3}
+answers=${ANSWERS:-2} limit=${LIMIT:-20000} max_tokens=${MAX_TOKENS:-512}
+epochs=${EPOCHS:-4} steps=${STEPS:-} batch=${BATCH:-16} length=${LENGTH:-1024} rate=${RATE:-5e-3}
 schedule=${SCHEDULE:-cosine} temperature=${TEMPERATURE:-2}
 # The hidden states of this model have a few huge entries: at 1.0 their error would be 70 times the
 # divergence at the beginning.

@@ -158,6 +158,8 @@ def _samples(base: Path, *lines: Any) -> list[data.Sample]:
 def test_a_line_of_neither_form_is_named(base: Path) -> None:
     with pytest.raises(ValueError, match=r"lines\.jsonl:2: .*neither"):
         _samples(base, {"text": "a"}, {"texts": "a"})
+    with pytest.raises(ValueError, match=r"lines\.jsonl:2: .*surrogates"):
+        _samples(base, {"text": "a"}, {"text": "half \ud800"})
 
 
 @settings(max_examples=100, deadline=None)
