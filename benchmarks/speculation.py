@@ -182,7 +182,11 @@ class ForcedStep:
 
 
 def measure(
-    engine: EngineCore, config: SpeculativeConfig, jobs: Sequence[Job], concurrency: int, longest: int
+    engine: EngineCore,
+    config: SpeculativeConfig,
+    jobs: Sequence[Job],
+    concurrency: int,
+    longest: int,
 ) -> dict[str, Any]:
     """Run all jobs, so many at a time; return rates and what came of drafts."""
     engine.proposer = build_proposer(config) if config.kind else NoProposer()
