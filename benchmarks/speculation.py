@@ -1,23 +1,28 @@
 """What speculation gains: tokens per second and per step, against the same engine without drafts.
 
     python benchmarks/speculation.py --data FOLDER --methods suffix ngram --out FILE
+    python benchmarks/speculation.py --data FOLDER --speculator FOLDER \\
+        --methods suffix arctic hybrid --out FILE
 
-Workloads: `gsm8k` and `humaneval` (chat prompts, greedy answers), and `agent`, recorded software
-agents: each assistant turn is generated after its real history and forced to be what was recorded
-(the step's tokens are replaced on the host; its work on the device is the same). FOLDER is laid out
-as `prompts/{gsm8k_test,humaneval}.jsonl` and `agent_trajectories/*.traj.json`. The baseline is the
-same engine with a proposer that proposes nothing, whose steps then run in the same programs as
-those of an engine without `speculative_config`.
+Workloads: `gsm8k`, `humaneval` and `spec_bench` (chat prompts, greedy answers), and `agent`,
+recorded software agents: each assistant turn is generated after its real history and forced to be
+what was recorded (the step's tokens are replaced on the host; its work on the device is the same;
+what a speculator drafts follows the tokens of the model, so its figures there mean nothing). FOLDER
+is laid out as `prompts/{gsm8k_test,humaneval,spec_bench}.jsonl` and
+`agent_trajectories/*.traj.json`. The baseline is an engine with a proposer that proposes nothing,
+whose steps then run in the same programs as those of an engine without `speculative_config`.
+`arctic` and `hybrid` run in an engine of their own, whose steps draft.
 """
 
 import argparse
 import dataclasses
 import datetime
+import gc
 import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,10 @@ from arctic_jax.engine.core import EngineCore
 from arctic_jax.engine.runner import LaunchedStep
 from arctic_jax.spec_decode.proposer import NoProposer, build_proposer
 from arctic_jax.speculative_config import SpeculativeConfig
+from arctic_jax.training.generate import read_prompts
 
+HOST_METHODS = ("suffix", "ngram")
+METHODS = (*HOST_METHODS, "arctic", "hybrid")
 Job = tuple[list[int], list[int] | None]
 """A prompt, and the answer that is forced, if any."""
 
@@ -40,38 +48,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--methods", nargs="+", default=["suffix", "ngram"])
-    parser.add_argument("--workloads", nargs="+", default=["gsm8k", "humaneval", "agent"])
+    parser.add_argument("--methods", nargs="+", default=["suffix", "ngram"], choices=METHODS)
+    parser.add_argument("--speculator", default=None, help="for arctic and hybrid")
+    workloads = ["gsm8k", "humaneval", "spec_bench", "agent"]
+    parser.add_argument("--workloads", nargs="+", default=workloads, choices=workloads)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=64, help="of a workload, at most")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-prompt-len", type=int, default=4096)
     parser.add_argument("--max-model-len", type=int, default=8192)
-    parser.add_argument("--num-speculative-tokens", type=int, default=16)
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=16, help="of suffix and ngram"
+    )
     parser.add_argument("--num-blocks", type=int, default=None)
     parser.add_argument("--fixed", action="store_true", help="without the adaptive policy")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
 
-    length = {"num_speculative_tokens": args.num_speculative_tokens}
-    llm = LLM(
-        args.model,
-        max_model_len=args.max_model_len,
-        max_num_seqs=max(args.concurrency),
-        num_blocks=args.num_blocks,
-        speculative_config={"method": "ngram", **length},
-    )
-    configs = {"none": SpeculativeConfig()}
-    for method in args.methods:
-        configs[method] = SpeculativeConfig(method, adaptive=not args.fixed, **length)
-    rows = []
-    for workload in args.workloads:
-        jobs = load(workload, llm, args)
-        for concurrency, (method, config) in itertools.product(args.concurrency, configs.items()):
-            engine: Any = llm.engine
-            row = {"workload": workload, "concurrency": concurrency, "method": method}
-            rows.append(row | measure(engine, config, jobs, concurrency, args.max_tokens))
-            print(show(rows[-1], rows), flush=True)
+    rows: list[dict[str, Any]] = []
+    for start, methods in engines(args):
+        llm = LLM(
+            args.model,
+            max_model_len=args.max_model_len,
+            max_num_seqs=max(args.concurrency),
+            num_blocks=args.num_blocks,
+            speculative_config=start,
+        )
+        engine: Any = llm.engine
+        # What a speculator was made for is known to the engine now.
+        given = {"num_speculative_tokens": engine.config.speculative.num_speculative_tokens}
+        configs = {
+            name: SpeculativeConfig.from_user(user | given) if user else SpeculativeConfig()
+            for name, user in methods.items()
+        }
+        for workload in args.workloads:
+            jobs = load(workload, llm, args)
+            for concurrency, (method, config) in itertools.product(
+                args.concurrency, configs.items()
+            ):
+                row = {"workload": workload, "concurrency": concurrency, "method": method}
+                rows.append(row | measure(engine, config, jobs, concurrency, args.max_tokens))
+                print(show(rows[-1], rows), flush=True)
+        del llm, engine  # the next engine wants the memory
+        gc.collect()
     if args.out:
         result = {
             "date": datetime.date.today().isoformat(),
@@ -84,7 +103,24 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def load(workload: str, llm: LLM, args: argparse.Namespace) -> list[Job]:
+def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield what an engine is started with, and the settings of each method that it can run."""
+    adaptive = {"adaptive": not args.fixed}
+    host = {name: {"method": name, **adaptive} for name in args.methods if name in HOST_METHODS}
+    length = {"num_speculative_tokens": args.num_speculative_tokens}
+    yield {"method": "ngram", **length}, {"none": None, **host}
+    arctic = {"method": "arctic", "model": args.speculator, **adaptive}
+    hybrid = {**arctic, "enable_suffix_decoding": True}
+    device = {
+        name: user
+        for name, user in {"arctic": arctic, "hybrid": hybrid}.items()
+        if name in args.methods
+    }
+    if device:
+        yield hybrid, device
+
+
+def load(workload: str, llm: LLM, args: argparse.Namespace) -> Sequence[Job]:
     """Return a workload's requests."""
     if workload == "agent":
         jobs = list(agent_turns(args.data / "agent_trajectories", llm))
@@ -92,17 +128,12 @@ def load(workload: str, llm: LLM, args: argparse.Namespace) -> list[Job]:
         jobs = jobs[:: max(1, len(jobs) // args.requests)]
         jobs = [(p[-args.max_prompt_len :], a[: args.max_tokens]) for p, a in jobs if a]
         return jobs[: args.requests]
-    name, key = {"gsm8k": ("gsm8k_test", "question"), "humaneval": ("humaneval", "prompt")}[
-        workload
-    ]
-    lines = (args.data / "prompts" / f"{name}.jsonl").read_text().splitlines()[: args.requests]
-    return [(chat(llm, json.loads(line)[key]), None) for line in lines]
-
-
-def chat(llm: LLM, text: str) -> list[int]:
-    """Return the tokens of a question to the assistant."""
-    messages = [{"role": "user", "content": text}]
-    return list(llm.engine.tokenizer.apply_chat_template(messages))
+    name = "gsm8k_test" if workload == "gsm8k" else workload
+    conversations = list(read_prompts([args.data / "prompts" / f"{name}.jsonl"]))
+    # Of every kind of prompt, not those that come first.
+    chosen = conversations[:: max(1, len(conversations) // args.requests)][: args.requests]
+    template = llm.engine.tokenizer.apply_chat_template
+    return [(list(template(messages))[: args.max_prompt_len], None) for messages in chosen]
 
 
 def agent_turns(folder: Path, llm: LLM) -> Iterable[tuple[list[int], list[int]]]:
@@ -151,7 +182,11 @@ class ForcedStep:
 
 
 def measure(
-    engine: EngineCore, config: SpeculativeConfig, jobs: list[Job], concurrency: int, longest: int
+    engine: EngineCore,
+    config: SpeculativeConfig,
+    jobs: Sequence[Job],
+    concurrency: int,
+    longest: int,
 ) -> dict[str, Any]:
     """Run all jobs, so many at a time; return rates and what came of drafts."""
     engine.proposer = build_proposer(config) if config.kind else NoProposer()

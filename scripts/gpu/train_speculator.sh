@@ -15,7 +15,7 @@ cd "$(dirname "$0")/../.."
 : "${OUT:?the folder for the results}"
 [[ -n ${TEXT:-} ]] || (($#)) || { echo "give files of prompts, one JSON object a line" >&2; exit 2; }
 model=${MODEL:-smollm2-135m-instruct} dtype=${DTYPE:-bfloat16}
-answers=${ANSWERS:-1} limit=${LIMIT:-20000} max_tokens=${MAX_TOKENS:-384}
+answers=${ANSWERS:-1} limit=${LIMIT:-12000} max_tokens=${MAX_TOKENS:-384}
 temperature=${TEMPERATURE:-0.5} held_back_every=${HELD_BACK_EVERY:-50}
 kind=${KIND:-lstm} inner=${INNER:-1024} heads=${HEADS:-3} share=${SHARE---share}
 epochs=${EPOCHS:-10} steps=${STEPS:-} batch=${BATCH:-32} length=${LENGTH:-1024} rate=${RATE:-1e-3}

@@ -75,33 +75,40 @@ def speculating(path: Path, *model: Any, more: dict[str, Any] = {}, **options: A
     return make_engine(*model, speculative_config=config, **options)
 
 
-def answers_of(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> list[list[int]]:
-    """Greedy answers by a loop over the whole sequence."""
-    model_config: ModelConfig = model_class(config).config_from_hf(config)
-    weights = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+class PlainModel:
+    """The model on one whole sequence of at most 96 tokens."""
 
-    @jax.jit
-    def next_token(ids: jax.Array, length: jax.Array) -> jax.Array:
+    def __init__(self, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        self.config: ModelConfig = model_class(config).config_from_hf(config)
+        self.weights = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+        self._last = jax.jit(self._state)
+
+    def state(self, token_ids: Sequence[int]) -> np.ndarray:
+        """What the head takes after these tokens, `[1, hidden]`."""
+        padded = np.zeros((1, 96), np.int32)
+        padded[0, : len(token_ids)] = token_ids
+        return np.asarray(self._last(padded, len(token_ids)))
+
+    def _state(self, ids: jax.Array, length: jax.Array) -> jax.Array:
         batch = Batch(ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids), jnp.ones_like(ids))
-        last = hidden_states(weights, model_config, batch).last[0, length - 1]
-        return logits(weights, model_config, last).argmax()
+        return hidden_states(self.weights, self.config, batch).last[:, length - 1]
 
-    answers = []
-    for prompt in BEGINNINGS:
-        ids = np.zeros((1, len(prompt) + 60), np.int32)
-        ids[0, : len(prompt)] = prompt
-        for i in range(len(prompt), ids.shape[1]):
-            ids[0, i] = next_token(ids, i)
-        answers.append(ids[0, len(prompt) :].tolist())
-    return answers
+    def answers(self) -> list[list[int]]:
+        """Greedy ones to all beginnings."""
+        answers = []
+        for prompt in BEGINNINGS:
+            ids = list(prompt)
+            while len(ids) < len(prompt) + 60:
+                ids.append(int(logits(self.weights, self.config, self.state(ids)[0]).argmax()))
+            answers.append(ids[len(prompt) :])
+        return answers
 
 
 @pytest.fixture(scope="module")
 def cramped_hybrid(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
     """Prompts come in chunks of a few tokens, and requests preempt each other all the time."""
-    path = knowing_speculator(
-        tmp_path_factory.mktemp("lstm"), LSTM, answers_of(CONFIG, make_tensors())
-    )
+    answers = PlainModel(CONFIG, make_tensors()).answers()
+    path = knowing_speculator(tmp_path_factory.mktemp("lstm"), LSTM, answers)
     options = {"num_blocks": 26, "max_num_batched_tokens": 12, "max_num_mixed_tokens": 5}
     return speculating(path, more={"enable_suffix_decoding": True}, **options)
 
@@ -110,11 +117,13 @@ def cramped_hybrid(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
 def swiftkv_engine(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
     config = swiftkv_config(2, 2, 4)
     model = config, swiftkv_tensors(config)
-    path = knowing_speculator(tmp_path_factory.mktemp("mlp"), MLP, answers_of(*model))
+    path = knowing_speculator(tmp_path_factory.mktemp("mlp"), MLP, PlainModel(*model).answers())
     tensors = {f"speculator.{name}": t for name, t in load_file(path / "model.safetensors").items()}
     save_file(tensors, path / "model.safetensors")
     more = {"method": "mlp_speculator", "num_speculative_tokens": 2}
-    return speculating(path, *model, more=more, num_blocks=26, max_num_batched_tokens=16)
+    return speculating(
+        path, *model, more=more, num_blocks=26, max_num_seqs=2, max_num_batched_tokens=16
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +133,9 @@ def two_layouts(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
         pytest.skip(f"{jax.device_count()} devices")
     path = write_speculator(tmp_path_factory.mktemp("random"), LSTM | SHARING)
     mesh = {"tensor_parallel_size": 2, "ulysses_sequence_parallel_size": 2}
-    return speculating(path, **mesh, shift_parallel_threshold=6, max_num_batched_tokens=8)
+    return speculating(
+        path, **mesh, shift_parallel_threshold=6, max_num_seqs=2, max_num_batched_tokens=8
+    )
 
 
 def check_any_schedule(engine: EngineCore, requests: list, arrivals: list[int]) -> None:
@@ -212,16 +223,12 @@ def test_the_device_drafts_from_the_row_that_was_accepted_last(two_layouts: Engi
     assert 0 < proposer.stats.accepted.sum() < proposer.stats.drafted.sum()
     assert len(proposer.drafted) > 20
     tensors = make_tensors()
-    config: ModelConfig = model_class(CONFIG).config_from_hf(CONFIG)
+    model = PlainModel(CONFIG, tensors)
     base = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    config = LSTM | SHARING
     for known, draft in proposer.drafted:
-        ids = np.array([known[:-1]])
-        batch = Batch(ids, np.arange(ids.size)[None], np.ones_like(ids), np.ones_like(ids))
-        last = np.asarray(hidden_states(tensors, config, batch).last)[0, -1:]
-        speculator = LSTM | SHARING
-        wanted, _ = plain_drafts(
-            speculator, make_speculator(speculator), base, last, np.array(known[-1:])
-        )
+        state, token = model.state(known[:-1]), np.array(known[-1:])
+        wanted, _ = plain_drafts(config, make_speculator(config), base, state, token)
         assert draft == wanted[0].tolist()
 
 
