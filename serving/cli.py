@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from arctic_jax.serving import bench, embedding, training
+from arctic_jax.serving import bench, embedding, serve, training
 from arctic_jax.serving.options import command, make_llm, show_log, stderr, stdout
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(training.app, name="swiftkv")
 command(app, "evaluate")(training.evaluate)
 command(app, "embed")(embedding.embed)
+command(app, "serve")(serve.serve)
 
 
 def main() -> None:
