@@ -55,7 +55,7 @@ OneOrManyPrompts = Annotated[
 ]
 # A long list of mistakes is as good as its first: nobody reads ten million of them.
 Integers = Annotated[list[int], Field(fail_fast=True)]
-Strings = Annotated[list[str], BeforeValidator(_one_or_many_texts), Field(fail_fast=True)]
+Strings = Annotated[list[str], Field(fail_fast=True), BeforeValidator(_one_or_many_texts)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 UNSUPPORTED = {
