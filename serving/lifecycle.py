@@ -154,6 +154,13 @@ def load(options: dict[str, Any]) -> AsyncEngine | EmbeddingEngine:
         return AsyncEngine(engine=make_engine(config, report, files))
 
 
+def configure(app: Any, **options: Any) -> uvicorn.Config:
+    """Make uvicorn's configuration, `options` on top of what is always so."""
+    return uvicorn.Config(
+        app, http=IdleLimitedProtocol, ws="none", lifespan="off", server_header=False, **options
+    )
+
+
 def run(
     app: Any,
     listener: socket.socket,
@@ -165,10 +172,7 @@ def run(
     **options: Any,
 ) -> None:
     """Serve until told to stop; `options` are `uvicorn.Config`'s."""
-    config = uvicorn.Config(
-        app, http=IdleLimitedProtocol, ws="none", lifespan="off", server_header=False, **options
-    )
-    server = Server(config, model, shutdown_timeout, step_timeout)
+    server = Server(configure(app, **options), model, shutdown_timeout, step_timeout)
     server.run([listener])
     if isinstance(engine, EmbeddingEngine):
         engine.shutdown()
