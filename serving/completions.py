@@ -150,7 +150,7 @@ class _Piece:
         text, token_ids = answer.text[self._num_characters :], answer.token_ids[self._num_tokens :]
         logprobs = None
         if request.logprobs is not None:
-            logprobs = CompletionLogprobs()
+            logprobs = CompletionLogprobs.empty()
             if request.echo and not self._begun:
                 logprobs = self._echoed(output, request.logprobs)
             if call._generates and answer.logprobs is not None:
@@ -182,7 +182,7 @@ class _Piece:
     def _echoed(self, output: RequestOutput, most: int) -> CompletionLogprobs:
         positions = output.prompt_logprobs
         if positions is None:  # of other answers than the first, too: they share the prompt
-            return CompletionLogprobs()
+            return CompletionLogprobs.empty()
         return self._writer.write(output.prompt_token_ids, positions, most)
 
     def _prompt_text(self) -> str:

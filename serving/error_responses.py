@@ -29,7 +29,7 @@ _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
 _TRACE = re.compile(r"\bTraceback \(most recent call last\).*", re.DOTALL)
 
 
-class APIError(Exception):
+class APIError(HTTPException):
     """What a client is told instead of an answer.
 
     Args:
@@ -48,7 +48,7 @@ class APIError(Exception):
         kind: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, message)
         self.status = status
         self.param = param
         self.kind = kind or _KINDS[status]
@@ -57,7 +57,7 @@ class APIError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """What is sent, as JSON or as an event of a stream."""
-        message = sanitized(str(self))
+        message = sanitized(self.detail)
         error = {"message": message, "type": self.kind, "param": self.param, "code": self.status}
         return {"error": error}
 

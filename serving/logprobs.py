@@ -34,7 +34,7 @@ class CompletionLogprobsWriter:
             positions: what could have come there; `None` for a prompt's first token.
             most: alternatives; the token itself comes in addition if it is not among them.
         """
-        lists = CompletionLogprobs()
+        lists = CompletionLogprobs.empty()
         for token, position in zip(token_ids, positions, strict=True):
             logprob = Logprob(0, None, self._spell(token)) if position is None else position[token]
             text = _name(token, logprob, self._as_token_ids)

@@ -214,10 +214,15 @@ class Usage(BaseModel):
 class CompletionLogprobs(BaseModel):
     """Log-probabilities as the completions endpoint has them: parallel lists, an entry a token."""
 
-    text_offset: list[int] = Field(default_factory=list)
-    token_logprobs: list[float | None] = Field(default_factory=list)
-    tokens: list[str] = Field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+    @staticmethod
+    def empty() -> CompletionLogprobs:
+        """Make lists to be filled."""
+        return CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
 
 
 class CompletionChoice(BaseModel):

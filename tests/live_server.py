@@ -18,6 +18,7 @@ from arctic_jax.serving.served_model import ServedModel, ServedOptions
 from arctic_jax.serving.server import HttpOptions, build_app
 
 TIMEOUT = 30.0
+CLIENT: dict[str, Any] = {"trust_env": False, "verify": False}  # reading certificates takes long
 
 
 @dataclass
@@ -32,7 +33,7 @@ class LiveServer:
     thread: threading.Thread
 
     def client(self, **options: Any) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=TIMEOUT, trust_env=False, **options)
+        return httpx2.Client(base_url=self.url, timeout=TIMEOUT, **CLIENT, **options)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
         with self.client() as client:
@@ -92,7 +93,8 @@ def serve(
     try:
         end = time.monotonic() + TIMEOUT
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < end
+            assert thread.is_alive()
+            assert time.monotonic() < end
             time.sleep(0.01)
         scheme = "https" if config.is_ssl else "http"
         yield LiveServer(f"{scheme}://127.0.0.1:{port}", engine, model, metrics, server, thread)
@@ -102,5 +104,3 @@ def serve(
         if model.generates:
             metrics.close()
         assert not thread.is_alive()
-
-

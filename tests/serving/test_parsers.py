@@ -8,7 +8,7 @@ import pytest
 
 from arctic_jax.serving import reasoning_parsers, tool_parsers
 
-WEATHER = {"name": "weather", "arguments": {"city": "Zürich </tool> {\"}"}}
+WEATHER = {"name": "weather", "arguments": {"city": 'Zürich </tool> {"}'}}
 TIME = {"name": "time", "arguments": {}}
 
 
@@ -16,7 +16,7 @@ def call(value: object) -> str:
     return f"<tool_call>\n{json.dumps(value)}\n</tool_call>"
 
 
-HERMES = [
+HERMES: list[tuple[str, str, list[object]]] = [
     ("no call at all", "no call at all", []),
     ("a < b <tool", "a < b <tool", []),
     (call(WEATHER), "", [WEATHER]),
@@ -33,7 +33,7 @@ def llama(value: dict[str, object]) -> str:
     return json.dumps({"name": value["name"], "parameters": value["arguments"]})
 
 
-LLAMA = [
+LLAMA: list[tuple[str, str, list[object]]] = [
     ("no call at all", "no call at all", []),
     ("", "", []),
     (llama(WEATHER), "", [WEATHER]),
