@@ -204,30 +204,30 @@ def serve(
         body_timeout=body_timeout,
         allowed_origins=_json("allowed-origins", allowed_origins, list),
     )
-    listener = lifecycle.bind(host, port, uds)
-    running = lifecycle.load(engine)
-    model = ServedModel(running, options)
-    metrics = Metrics(model.name, metrics_prefix)
-    if model.generates:
-        metrics.watch(model.engine.engine.cores, model.admission)
-    address = uds or "{}:{}".format(*listener.getsockname()[:2])
-    stderr.print(Text(f"{model.name} is ready on {address}; Ctrl-C stops the server", "dim"))
-    lifecycle.run(
-        build_app(model, metrics, http),
-        listener,
-        model,
-        running,
-        shutdown_timeout=shutdown_timeout,
-        step_timeout=step_timeout,
-        timeout_keep_alive=keep_alive_timeout,
-        h11_max_incomplete_event_size=max_header_size,
-        log_level=uvicorn_log_level,
-        access_log=access_log,
-        ssl_keyfile=ssl_keyfile,
-        ssl_certfile=ssl_certfile,
-        ssl_ca_certs=ssl_ca_certs,
-        ssl_cert_reqs=ssl_cert_reqs,
-    )
+    with lifecycle.bind(host, port, uds) as listener:
+        running = lifecycle.load(engine)
+        model = ServedModel(running, options)
+        metrics = Metrics(model.name, metrics_prefix)
+        if model.generates:
+            metrics.watch(model.engine.engine.cores, model.admission)
+        address = uds or "{}:{}".format(*listener.getsockname()[:2])
+        stderr.print(Text(f"{model.name} is ready on {address}; Ctrl-C stops the server", "dim"))
+        lifecycle.run(
+            build_app(model, metrics, http),
+            listener,
+            model,
+            running,
+            shutdown_timeout=shutdown_timeout,
+            step_timeout=step_timeout,
+            timeout_keep_alive=keep_alive_timeout,
+            h11_max_incomplete_event_size=max_header_size,
+            log_level=uvicorn_log_level,
+            access_log=access_log,
+            ssl_keyfile=ssl_keyfile,
+            ssl_certfile=ssl_certfile,
+            ssl_ca_certs=ssl_ca_certs,
+            ssl_cert_reqs=ssl_cert_reqs,
+        )
 
 
 def _chosen(option: str, name: str | None, choices: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ def cuts(text: str) -> Iterator[list[str]]:
         yield [text[:i], text[i:j], text[j:]]
 
 
-def parse_tools(parser: tool_parsers.ToolParser, pieces: list[str]) -> tuple[str, list[object]]:
+def parse_tools(parser: tool_parsers.ToolParser, pieces: list[str]) -> tuple[str, list[Any]]:
     found = [parser.push(piece) for piece in pieces] + [parser.finish()]
     calls = [one for _, some in found for one in some]
     assert [one.index for one in calls] == list(range(len(calls)))
