@@ -486,7 +486,11 @@ def test_large_bodies_and_headers_are_refused(tiny_core: EngineCore) -> None:
     engine.shutdown()
 
 
-def test_a_full_queue_says_come_back(tiny_core: EngineCore) -> None:
+def test_a_full_queue_says_come_back(
+    tiny_core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tiny_core.step
+    monkeypatch.setattr(tiny_core, "step", lambda: time.sleep(0.01) or step())
     engine = AsyncEngine(engine=tiny_core)
     with serve(engine, limits=Limits(max_num_queued_reqs=2)) as server, server.client() as client:
         body = {"prompt": ["x"] * 6, "max_tokens": 400, "ignore_eos": True, "stream": True}
