@@ -48,17 +48,21 @@ class ApiKeys:
         return scheme.lower() == "bearer" and any(fits)
 
 
-class BodyLimit:
-    """Refuses bodies that are too large or too slow.
+class SizeLimits:
+    """Refuses headers that are too large, and bodies that are too large or too slow.
 
     Args:
         app: what is guarded.
+        max_header_bytes: of all headers.
         max_bytes: of a body.
         max_seconds: between two pieces of a body.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_seconds: float) -> None:
+    def __init__(
+        self, app: ASGIApp, max_header_bytes: int, max_bytes: int, max_seconds: float
+    ) -> None:
         self._app = app
+        self._max_header_bytes = max_header_bytes
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
 
@@ -67,9 +71,15 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # The parser stops at such headers, too, but only if they come in more than one piece.
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_header_bytes:
+            most = self._max_header_bytes
+            error = APIError(400, f"the request's headers are larger than {most} bytes")
+            await self._refuse(error, scope, receive, send)
+            return
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > self._max_bytes):
-            await self._refuse(scope, receive, send)
+            await self._refuse(self._too_large(), scope, receive, send)
             return
         size, complete, started = 0, False, False
 
@@ -102,7 +112,7 @@ class BodyLimit:
     def _too_large(self) -> APIError:
         return APIError(413, f"the request's body is larger than {self._max_bytes} bytes")
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = error_response(self._too_large())
+    async def _refuse(self, error: APIError, scope: Scope, receive: Receive, send: Send) -> None:
+        response = error_response(error)
         response.headers["connection"] = "close"  # its body is not read
         await response(scope, receive, send)

@@ -18,7 +18,7 @@ Prompts = list[str] | list[list[int]]
 
 
 def _one_or_many_prompts(value: Any) -> Prompts:
-    """Read a text, token ids, or a list of either; in one pass, as it may be megabytes."""
+    """Read a text, token ids, or a list of either."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
@@ -35,8 +35,8 @@ def _all_of(values: list[Any], kind: type) -> bool:
     return set(map(type, values)) <= {kind}
 
 
-def _one_or_many_texts(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _as_list(text: Any) -> Any:
+    return [text] if isinstance(text, str) else text
 
 
 OneOrManyPrompts = Annotated[
@@ -55,7 +55,7 @@ OneOrManyPrompts = Annotated[
 ]
 # A long list of mistakes is as good as its first: nobody reads ten million of them.
 Integers = Annotated[list[int], Field(fail_fast=True)]
-Strings = Annotated[list[str], Field(fail_fast=True), BeforeValidator(_one_or_many_texts)]
+Strings = Annotated[list[str], Field(fail_fast=True), BeforeValidator(_as_list)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 UNSUPPORTED = {

@@ -201,6 +201,7 @@ def serve(
     http = HttpOptions(
         api_keys=keys,
         public_metrics=public_metrics,
+        max_header_bytes=max_header_size,
         body_timeout=body_timeout,
         allowed_origins=_json("allowed-origins", allowed_origins, list),
     )

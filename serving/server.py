@@ -19,7 +19,7 @@ from arctic_jax.serving.completions import CompletionCall
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.event_stream import EventStream, unless_disconnected
 from arctic_jax.serving.metrics import Metrics
-from arctic_jax.serving.middleware import ApiKeys, BodyLimit
+from arctic_jax.serving.middleware import ApiKeys, SizeLimits
 from arctic_jax.serving.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -46,6 +46,7 @@ class HttpOptions:
     Attributes:
         api_keys: one of them must come with every call; none for no guard.
         public_metrics: whether `/metrics` is open without a key, as `/health` is.
+        max_header_bytes: of all headers of a call.
         body_timeout: seconds between two pieces of a body.
         allowed_origins: of web pages whose scripts may call; see CORS.
         allowed_methods: for them.
@@ -55,6 +56,7 @@ class HttpOptions:
 
     api_keys: Sequence[str] = ()
     public_metrics: bool = False
+    max_header_bytes: int = 64 << 10
     body_timeout: float = 30.0
     allowed_origins: Sequence[str] = ()
     allowed_methods: Sequence[str] = ("*",)
@@ -77,7 +79,8 @@ def build_app(model: ServedModel, metrics: Metrics, options: HttpOptions | None 
     _add_tokens(app, model)
     _add_status(app, model, metrics)
     app.add_middleware(
-        BodyLimit,
+        SizeLimits,
+        max_header_bytes=options.max_header_bytes,
         max_bytes=model.options.limits.max_body_bytes,
         max_seconds=options.body_timeout,
     )
