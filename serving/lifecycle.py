@@ -69,12 +69,22 @@ class Server(uvicorn.Server):
         self._model.draining = True
         loop = asyncio.get_running_loop()
         end = loop.call_later(self._shutdown_timeout, self._model.fail, "the server shuts down")
+        hanging_up = asyncio.create_task(self._hang_up())
         await super().shutdown(sockets)
         end.cancel()
-        if self._watch is not None:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+        for task in (hanging_up, self._watch):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _hang_up(self) -> None:
+        """Cut connections on which everything is said: an idle client with TLS says no goodbye."""
+        while connections := list(self.server_state.connections):
+            await asyncio.sleep(0.1)
+            for connection in connections if not self.server_state.tasks else ():
+                transport: Any = connection.transport
+                if not transport.get_write_buffer_size():
+                    transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the end; a second time, end."""
