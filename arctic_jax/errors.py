@@ -14,11 +14,12 @@ class CheckpointError(ValueError):
 
 
 class InvalidRequestError(ValueError):
-    """A prompt or a sampling parameter is out of range. `parameter` names it."""
+    """A prompt or a sampling parameter is out of range. `parameter` names it, `value` is it."""
 
-    def __init__(self, message: str, parameter: str | None = None) -> None:
+    def __init__(self, message: str, parameter: str | None = None, value: object = None) -> None:
         super().__init__(message)
         self.parameter = parameter
+        self.value = value
 
 
 class EngineDeadError(RuntimeError):

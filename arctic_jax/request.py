@@ -212,7 +212,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _refuse(name: str, value: object, why: str) -> None:
-    raise InvalidRequestError(f"{name} {why}, got {value!r:.200}.", parameter=name)
+    raise InvalidRequestError(f"{name} {why}, got {value!r:.200}.", name, value)
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,31 @@ class AsyncEngine:
         """
         await self._call(lambda: None)
 
-    def shutdown(self) -> None:
-        """Stop the engine; running requests end with `EngineDeadError`."""
+    @property
+    def dead(self) -> bool:
+        """Whether the engine has failed or was shut down."""
+        return self._death is not None
+
+    def fail(self, error: EngineDeadError) -> None:
+        """Give the engine up from outside, its thread being stuck: everybody who waits is told.
+
+        A step that comes back after all finds that nobody waits, and the thread ends.
+        """
+        self._death = self._death or error
         self._inbox.put(None)
-        self._thread.join()
+        for mailbox in list(self._mailboxes.values()):
+            mailbox.put(self._death)
+        self._refuse_calls(self._death)
+
+    def shutdown(self, timeout: float | None = None) -> bool:
+        """Stop the engine; running requests end with `EngineDeadError`.
+
+        Returns:
+            Whether its thread has ended, `timeout` seconds being over.
+        """
+        self._inbox.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     async def _call(self, function: Callable[[], None]) -> None:
         """Run a function in the engine's thread, between two steps."""
@@ -141,14 +162,14 @@ class AsyncEngine:
         """Serve until told to stop: the engine thread's whole life."""
         try:
             while True:
-                if not self._drain():
+                if not self._drain() or self._death is not None:
                     raise EngineDeadError("the engine was shut down")
                 for output in self.engine.step():
                     self._deliver(output)
         except BaseException as error:
             if not isinstance(error, EngineDeadError):
                 logger.exception("the engine has failed")
-            self._death = error
+            self._death = self._death or error
             for mailbox in self._mailboxes.values():
                 mailbox.put(error)
             self._mailboxes.clear()

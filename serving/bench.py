@@ -1,5 +1,7 @@
 """`arctic-jax bench`: latency of one batch, throughput of many requests, layouts of a step.
 
+What measures a server is in `bench_serve`.
+
 The JSON of the first two has the keys of `vllm bench`.
 """
 
@@ -14,6 +16,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from arctic_jax.serving import bench_serve
 from arctic_jax.serving.options import command, make_llm, stderr, stdout
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 app = typer.Typer(help="Measure the engine.", no_args_is_help=True)
+command(app, "serve")(bench_serve.bench_serve)
 
 OutputJson = Annotated[Path | None, typer.Option(help="Write the figures to this file.")]
 
@@ -60,7 +64,7 @@ def latency(
     rows |= {f"p{p}": f"{value:.4f} s" for p, value in percentiles.items()}
     rows["output tokens/s"] = f"{batch_size * output_len / average:.1f}"
     rows["padding"] = f"{padding(llm.engine.step_logs):.1%} of the computed tokens"
-    _print(f"Latency: {batch_size} x ({input_len} in, {output_len} out)", rows)
+    show(f"Latency: {batch_size} x ({input_len} in, {output_len} out)", rows)
     _write(output_json, results, engine)
 
 
@@ -108,7 +112,7 @@ def throughput(
         "padding": padding(llm.engine.step_logs),
         **_times(outputs),
     }
-    _print(
+    show(
         f"Throughput: {len(outputs)} requests of {dataset_name}",
         {name.replace("_", " "): f"{value:,.2f}" for name, value in results.items()},
     )
@@ -204,7 +208,8 @@ def _track(rounds: range, what: str) -> Any:
     return track(rounds, description=what, console=stderr, transient=True)
 
 
-def _print(title: str, rows: dict[str, str]) -> None:
+def show(title: str, rows: dict[str, str]) -> None:
+    """Print figures as a table."""
     table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(justify="right")

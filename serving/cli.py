@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from arctic_jax.serving import bench, embedding, speculator, training
+from arctic_jax.serving import bench, embedding, serve, speculator, training
 from arctic_jax.serving.options import command, make_llm, show_log, stderr, stdout
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ app.add_typer(training.app, name="swiftkv")
 app.add_typer(speculator.app, name="speculator")
 command(app, "evaluate")(training.evaluate)
 command(app, "embed")(embedding.embed)
+command(app, "serve")(serve.serve)
 
 
 def main() -> None:

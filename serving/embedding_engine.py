@@ -121,24 +121,42 @@ class EmbeddingEngine:
             InvalidRequestError: a text or a parameter of this request is out of range.
             EngineDeadError: the engine has failed or was shut down.
         """
+        return (await self.embed_counted(texts, params))[0]
+
+    async def embed_counted(
+        self, texts: str | Sequence[Text], params: EmbeddingParams | None = None
+    ) -> tuple[np.ndarray, int]:
+        """Return what `embed` does, and how many tokens the texts have, special ones included."""
         params = params or EmbeddingParams()
         prompt, dimensions = self.embedder.check(params)
         many = [texts] if isinstance(texts, str) else list(texts)
         parts = [
-            self._embed_part(
-                _Part(many[i : i + PART_TEXTS], prompt, params.truncate, self.embedder.dimension)
-            )
+            _Part(many[i : i + PART_TEXTS], prompt, params.truncate, self.embedder.dimension)
             for i in range(0, len(many), PART_TEXTS)
         ]
         if not parts:
-            return np.empty((0, dimensions), np.float32)
-        tasks = [asyncio.ensure_future(part) for part in parts]
+            return np.empty((0, dimensions), np.float32), 0
+        tasks = [asyncio.ensure_future(self._embed_part(part)) for part in parts]
         try:
             rows = np.concatenate(await asyncio.gather(*tasks))
         finally:
             for task in tasks:  # one part has failed, or the caller was cancelled
                 task.cancel()
-        return self.embedder.shorten(rows, dimensions)
+        num_tokens = sum(sum(part.lengths.values()) for part in parts)
+        return self.embedder.shorten(rows, dimensions), num_tokens
+
+    def fail(self, error: EngineDeadError) -> None:
+        """Give the engine up from outside: everybody who waits is told."""
+        with self._lock:
+            self._death = self._death or error
+            parts = list(self._parts)
+        for part in parts:
+            part.fail(error)
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine has failed or was shut down."""
+        return self._death is not None
 
     @property
     def num_waiting(self) -> int:

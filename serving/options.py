@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from arctic_jax.config import CacheConfig, LoadConfig, ParallelConfig
+from arctic_jax.config import CacheConfig, LoadConfig, ParallelConfig, SchedulerConfig
 
 if TYPE_CHECKING:
     from arctic_jax import LLM
@@ -31,6 +31,7 @@ def engine_options(
     model: Annotated[
         str, _option("--model", "-m", help="An alias, a folder, a GGUF file, or a hub id.")
     ] = LoadConfig.model,
+    revision: Annotated[str | None, _option(help="Branch, tag or commit on the hub.")] = None,
     tokenizer: Annotated[
         str | None, _option(help="A folder or hub id, if the model's own is not wanted.")
     ] = None,
@@ -50,6 +51,12 @@ def engine_options(
     max_num_mixed_tokens: Annotated[
         int | None, _option(help="Tokens of one step in which answers are streamed.")
     ] = None,
+    scheduling_policy: Annotated[
+        str, _option(help="fcfs; priority lets lower priorities go first.")
+    ] = SchedulerConfig.scheduling_policy,
+    max_logprobs: Annotated[
+        int, _option(help="Most alternatives of a log-probability.")
+    ] = SchedulerConfig.max_logprobs,
     block_size: Annotated[
         int, _option(help="Tokens of one block of the key/value cache.")
     ] = CacheConfig.block_size,
@@ -61,7 +68,11 @@ def engine_options(
     ] = CacheConfig.gpu_memory_utilization,
     prefix_caching: Annotated[
         bool,
-        _option("--prefix-caching/--no-prefix-caching", help="Keep blocks of shared prefixes."),
+        _option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            "--prefix-caching/--no-prefix-caching",
+            help="Keep blocks of shared prefixes.",
+        ),
     ] = CacheConfig.enable_prefix_caching,
     data_parallel_size: Annotated[
         int, _option("--data-parallel-size", "-dp", help="Engines, each on devices of its own.")
@@ -75,6 +86,7 @@ def engine_options(
     shift_parallel: Annotated[
         bool,
         _option(
+            "--enable-shift-parallel/--no-enable-shift-parallel",
             "--shift-parallel/--no-shift-parallel",
             help="With Ulysses: steps of few tokens split the weights over all devices.",
         ),
@@ -160,7 +172,9 @@ def command[**P](app: typer.Typer, name: str) -> Callable[[Callable[P, None]], C
         keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
         run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in keyword_only}
-        app.command(name)(run)
+        # Dashes or underscores, as vLLM has it.
+        settings = {"token_normalize_func": lambda option: option.replace("_", "-")}
+        app.command(name, context_settings=settings)(run)
         return function
 
     return register

@@ -85,6 +85,8 @@ class EngineCore:
         self._group_of: dict[Request, RequestGroup] = {}
         self._num_requests = 0
         self._in_flight: LaunchedStep | None = None
+        self.num_steps = 0
+        """Calls of `step`: a watchdog sees by it that the engine is alive."""
 
     def add_request(
         self,
@@ -104,7 +106,7 @@ class EngineCore:
         if request_id in self._groups:
             raise InvalidRequestError(f"request_id {request_id!r} is already in use", "request_id")
         ids = [int(token) for token in prompt_token_ids]
-        self._check(ids, params)
+        self.check_request(ids, params)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidRequestError(f"priority must be an integer, got {priority!r}", "priority")
         if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
@@ -145,6 +147,7 @@ class EngineCore:
         before is found out after the next was launched with it: that result is discarded. Requests
         with drafts sit every other step out, so that their drafts come after all their tokens.
         """
+        self.num_steps += 1
         scheduled = self.scheduler.schedule()
         step, self._in_flight = self._in_flight, None
         try:
@@ -159,6 +162,7 @@ class EngineCore:
                 step.layout.name,
                 len(batch.requests),
                 batch.num_tokens,
+                batch.num_rows,
                 step.num_padded_tokens,
             )
         except BaseException:  # nobody may build on what these requests were about to write
@@ -189,6 +193,11 @@ class EngineCore:
     def has_requests(self) -> bool:
         """Whether there is anything to do."""
         return self.scheduler.has_requests
+
+    @property
+    def cores(self) -> list[EngineCore]:
+        """The engines, see `ReplicatedEngine`; here this one."""
+        return [self]
 
     @property
     def step_logs(self) -> list[StepLog]:
@@ -233,7 +242,12 @@ class EngineCore:
             self._groups.pop(group.request_id, None)
         return self.outputs.output(group)
 
-    def _check(self, ids: list[int], params: SamplingParams) -> None:
+    def check_request(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Check a prompt and its parameters against the model; any thread may call.
+
+        Raises:
+            InvalidRequestError: the engine would not take them.
+        """
         vocab_size = self.runner.model_config.vocab_size
         if not ids:
             raise InvalidRequestError("the prompt must not be empty", "prompt")

@@ -90,6 +90,10 @@ class ReplicatedEngine:
                 self._engine_of.pop(output.request_id, None)
         return outputs
 
+    def check_request(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Check a prompt and its parameters, see `EngineCore.check_request`."""
+        self.engines[0].check_request(ids, params)
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; return its last state, or `None` if there is no such request."""
         i = self._engine_of.pop(request_id, None)
@@ -102,6 +106,11 @@ class ReplicatedEngine:
     def has_requests(self) -> bool:
         """Whether there is anything to do."""
         return any(engine.has_requests for engine in self.engines)
+
+    @property
+    def cores(self) -> list[EngineCore]:
+        """The engines."""
+        return self.engines
 
     @property
     def step_logs(self) -> list[StepLog]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class StepRecord:
         layout: in which it ran.
         num_seqs: requests in it.
         num_tokens: their tokens.
+        num_rows: those of them that got logits; SwiftKV's upper layers are only for these.
         num_padded_tokens: tokens that were computed.
     """
 
@@ -34,6 +35,7 @@ class StepRecord:
     layout: str
     num_seqs: int
     num_tokens: int
+    num_rows: int
     num_padded_tokens: int
 
 
@@ -44,6 +46,7 @@ class StepTotals:
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    rows: int = 0
     padded_tokens: int = 0
 
 
@@ -64,11 +67,19 @@ class StepLog:
         self._path = None if path is None else Path(path)
         if self._path is not None:
             self._path.touch()
+        self.on_step: Callable[[StepRecord], None] | None = None
+        """Told of every step, in the engine's thread."""
         self._count = 0
         self._last_done = 0.0
 
     def add(
-        self, launched: float, layout: str, num_seqs: int, num_tokens: int, num_padded_tokens: int
+        self,
+        launched: float,
+        layout: str,
+        num_seqs: int,
+        num_tokens: int,
+        num_rows: int,
+        num_padded_tokens: int,
     ) -> None:
         """Count a step whose results have just come; `launched` is a `time.perf_counter()`."""
         done = time.perf_counter()
@@ -78,20 +89,24 @@ class StepLog:
         totals.steps += 1
         totals.seconds += seconds
         totals.tokens += num_tokens
+        totals.rows += num_rows
         totals.padded_tokens += num_padded_tokens
+        record = StepRecord(
+            self._replica,
+            self._count,
+            time.time(),
+            round(seconds * 1e3, 3),
+            layout,
+            num_seqs,
+            num_tokens,
+            num_rows,
+            num_padded_tokens,
+        )
         if self._path is not None:
-            record = StepRecord(
-                self._replica,
-                self._count,
-                time.time(),
-                round(seconds * 1e3, 3),
-                layout,
-                num_seqs,
-                num_tokens,
-                num_padded_tokens,
-            )
             with self._path.open("a") as file:
                 file.write(json.dumps(asdict(record)) + "\n")
+        if self.on_step is not None:
+            self.on_step(record)
         self._count += 1
 
 

@@ -49,6 +49,21 @@ class Tokenizer:
         """One more than the largest id, added tokens included; the model may have more rows."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def max_characters_per_token(self) -> int | None:
+        """No text has more characters for each of its tokens; `None` if nothing is known of it.
+
+        Known of byte-level tokenizers, which leave nothing out: there a token's spelling has a
+        character for each byte of text.
+        """
+        backend, normalizer = self.backend, self.backend.normalizer
+        bytewise = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        composing = isinstance(normalizer, tokenizers.normalizers.NFC)
+        if not bytewise or not (composing or normalizer is None):
+            return None
+        longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        return longest * (4 if composing else 1)  # no character is composed of more than four
+
     @property
     def eos_token_id(self) -> int | None:
         """The id that ends a text; a model's generation config may name more."""

@@ -28,11 +28,11 @@ def test_times_of_overlapping_steps_add_up() -> None:
     log = StepLog()
     assert padding([log]) == 0
     for _ in range(2):  # both were launched long ago: the second began when the first was done
-        log.add(0.0, "shift", 1, 3, 4)
+        log.add(0.0, "shift", 1, 3, 1, 4)
     totals = log.totals["shift"]
-    assert (totals.steps, totals.tokens, totals.padded_tokens) == (2, 6, 8)
+    assert (totals.steps, totals.tokens, totals.rows, totals.padded_tokens) == (2, 6, 2, 8)
     before = totals.seconds
-    log.add(0.0, "shift", 1, 3, 4)
+    log.add(0.0, "shift", 1, 3, 1, 4)
     assert log.totals["shift"].seconds - before < 1
 
 

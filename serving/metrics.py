@@ -1,0 +1,319 @@
+"""What is counted, for Prometheus. Names are vLLM's behind a prefix; what only we have is last.
+
+Requests are observed by the event loop as their states arrive, with the times that the engine took;
+the engine itself is looked at when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax.monitoring
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.step_log import StepRecord
+from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.serving.limits import Admission
+
+_TO_FIRST = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_BETWEEN = (
+    *(0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+    *(5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_LATENCY = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0),
+    *(240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_TOKENS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
+_STEP_TOKENS = tuple(float(2**power) for power in range(15))
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", _TO_FIRST),
+    "inter_token_latency_seconds": ("Between two tokens of an answer.", _BETWEEN),
+    "request_time_per_output_token_seconds": ("Mean of a request, after its first.", _BETWEEN),
+    "e2e_request_latency_seconds": ("From arrival to the last token.", _LATENCY),
+    "request_queue_time_seconds": ("From arrival to the first step.", _LATENCY),
+    "request_inference_time_seconds": ("From the first step to the last token.", _LATENCY),
+    "request_prefill_time_seconds": ("From the first step to the first token.", _LATENCY),
+    "request_decode_time_seconds": ("From the first token to the last.", _LATENCY),
+    "request_prompt_tokens": ("Tokens of a prompt.", _TOKENS),
+    "request_generation_tokens": ("Tokens of all answers to a prompt.", _TOKENS),
+    "request_max_num_generation_tokens": ("Tokens of the longest answer to it.", _TOKENS),
+    "request_prefill_kv_computed_tokens": ("Tokens of a prompt not found in the cache.", _TOKENS),
+    "request_params_n": ("Answers asked for.", (1.0, 2.0, 5.0, 10.0, 20.0)),
+    "request_params_max_tokens": ("Most tokens asked for.", _TOKENS),
+    "request_num_preemptions": ("How often a request started over.", (0.0, 1.0, 2.0, 5.0, 10.0)),
+    "iteration_tokens_total": ("Tokens of a step.", _STEP_TOKENS),
+}
+_COUNTERS = {
+    "prompt_tokens": "Tokens of prompts.",
+    "generation_tokens": "Tokens generated.",
+    "prompt_tokens_cached": "Tokens of prompts that were found in the cache.",
+    "prefix_cache_queries": "Tokens looked for in the cache.",
+    "prefix_cache_hits": "Tokens found in the cache.",
+    "num_preemptions": "Requests that gave up their blocks and started over.",
+    "corrupted_requests": "Requests whose logits were no numbers, or that failed otherwise.",
+}
+
+
+class Metrics:
+    """The figures of one server.
+
+    Args:
+        model_name: a label of every figure.
+        prefix: of every name; `vllm:` serves dashboards and routers made for vLLM.
+    """
+
+    def __init__(self, model_name: str, prefix: str = "arctic_jax:") -> None:
+        self.model_name = model_name
+        self.prefix = prefix
+        self.registry = CollectorRegistry()
+        self.num_compilations = 0
+        labels = {"labelnames": ("model_name", "engine"), "registry": self.registry}
+        self._histograms = {
+            name: Histogram(prefix + name, text, buckets=buckets, **labels).labels(model_name, "0")
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        self._counters = {
+            name: Counter(prefix + name, text, **labels).labels(model_name, "0")
+            for name, text in _COUNTERS.items()
+        }
+        self._success = Counter(
+            prefix + "request_success",
+            "Requests that have ended.",
+            ("model_name", "engine", "finished_reason"),
+            registry=self.registry,
+        )
+        for reason in ("stop", "length", "abort", "error"):
+            self.finished(reason, 0)
+
+    def watch(self, cores: Sequence[EngineCore], admission: Admission) -> None:
+        """Report of engines, and of compilations from now on, of which there should be none."""
+        self.registry.register(_EngineCollector(self, cores, admission))
+        for core in cores:
+            core.step_log.on_step = self._on_step
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def close(self) -> None:
+        """Hear no more of compilations."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def exposition(self) -> bytes:
+        """Return all figures in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def observe(self, name: str, value: float) -> None:
+        """Put a value into a histogram."""
+        self._histograms[name].observe(value)
+
+    def count(self, name: str, value: float) -> None:
+        """Add to a counter."""
+        self._counters[name].inc(value)
+
+    def finished(self, reason: str, count: int = 1) -> None:
+        """Count ended requests."""
+        self._success.labels(self.model_name, "0", reason).inc(count)
+
+    def _on_step(self, record: StepRecord) -> None:
+        self.observe("iteration_tokens_total", record.num_tokens)
+
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.num_compilations += event == _COMPILED
+
+
+class RequestTimer:
+    """Observes one request as its states arrive."""
+
+    def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
+        self._metrics = metrics
+        self._params = params
+        self._num_tokens = 0
+        self._last_time: float | None = None
+        self._ended = False
+
+    def observe(self, output: RequestOutput) -> None:
+        """Take a state."""
+        metrics, times = self._metrics, output.metrics
+        if times is None:
+            return
+        num_tokens = sum(len(answer.token_ids) for answer in output.outputs)
+        new = num_tokens - self._num_tokens
+        self._num_tokens = num_tokens
+        metrics.count("generation_tokens", new)
+        if self._last_time is None and times.first_token_time is not None:
+            metrics.observe(
+                "time_to_first_token_seconds", times.first_token_time - times.arrival_time
+            )
+            new, self._last_time = new - 1, times.first_token_time
+        if new > 0 and self._last_time is not None and times.last_token_time is not None:
+            # States may be skipped, and a draft brings several tokens at once: share the time.
+            gap = (times.last_token_time - self._last_time) * len(output.outputs) / new
+            for _ in range(new):
+                metrics.observe("inter_token_latency_seconds", gap)
+            self._last_time = times.last_token_time
+        if output.finished:
+            self._finish(output)
+
+    def close(self) -> None:
+        """Count a request that was left before its end."""
+        if not self._ended:
+            self._ended = True
+            self._metrics.finished("abort")
+
+    def _finish(self, output: RequestOutput) -> None:
+        self._ended = True
+        metrics, times = self._metrics, output.metrics
+        assert times is not None
+        prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
+        for answer in output.outputs:
+            metrics.finished(answer.finish_reason or "abort")
+            metrics.count("corrupted_requests", answer.error is not None)
+        metrics.count("prompt_tokens", prompt)
+        metrics.count("prompt_tokens_cached", cached)
+        metrics.count("prefix_cache_queries", prompt)
+        metrics.count("prefix_cache_hits", cached)
+        metrics.count("num_preemptions", times.num_preemptions)
+        longest = max(len(answer.token_ids) for answer in output.outputs)
+        metrics.observe("request_prompt_tokens", prompt)
+        metrics.observe("request_prefill_kv_computed_tokens", prompt - cached)
+        metrics.observe("request_generation_tokens", self._num_tokens)
+        metrics.observe("request_max_num_generation_tokens", longest)
+        metrics.observe("request_num_preemptions", times.num_preemptions)
+        metrics.observe("request_params_n", self._params.n)
+        if self._params.max_tokens is not None:
+            metrics.observe("request_params_max_tokens", self._params.max_tokens)
+        begun, first, last = (
+            times.first_scheduled_time,
+            times.first_token_time,
+            times.last_token_time,
+        )
+        if begun is None or first is None or last is None:
+            return
+        metrics.observe("e2e_request_latency_seconds", last - times.arrival_time)
+        metrics.observe("request_queue_time_seconds", begun - times.arrival_time)
+        metrics.observe("request_inference_time_seconds", last - begun)
+        metrics.observe("request_prefill_time_seconds", first - begun)
+        metrics.observe("request_decode_time_seconds", last - first)
+        if longest > 1:
+            metrics.observe("request_time_per_output_token_seconds", (last - first) / (longest - 1))
+
+
+class _EngineCollector(Collector):
+    """Looks at the engines when somebody asks."""
+
+    def __init__(self, metrics: Metrics, cores: Sequence[EngineCore], admission: Admission) -> None:
+        self._metrics = metrics
+        self._cores = cores
+        self._admission = admission
+
+    def describe(self) -> Iterable[Metric]:
+        """Say nothing of the names in advance."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield a family for each figure."""
+        yield from self._gauges()
+        yield from self._steps()
+        yield from self._speculation()
+        refused = self._admission.num_refused.items()
+        yield self._counter(
+            "admission_rejections", "Calls refused because too much waited.", "reason", [refused]
+        )
+        compiled = [[("", self._metrics.num_compilations)]]
+        yield self._counter(
+            "compilations_after_ready", "Programs compiled while serving.", None, compiled
+        )
+
+    def _gauges(self) -> Iterator[Metric]:
+        schedulers = [core.scheduler for core in self._cores]
+        used = [1 - s.pool.num_free / s.pool.num_blocks for s in schedulers]
+        for name, text, values in (
+            ("num_requests_running", "Answers in steps.", [len(s.running) for s in schedulers]),
+            ("num_requests_waiting", "Answers that wait.", [len(s.waiting) for s in schedulers]),
+            ("kv_cache_usage_perc", "Share of the cache's blocks in use.", used),
+        ):
+            family = GaugeMetricFamily(
+                self._metrics.prefix + name, text, labels=("model_name", "engine")
+            )
+            for i, value in enumerate(values):
+                family.add_metric((self._metrics.model_name, str(i)), value)
+            yield family
+        info = InfoMetricFamily(self._metrics.prefix + "cache_config", "Of the cache.")
+        pool = schedulers[0].pool
+        caching = str(pool.enable_prefix_caching)
+        info.add_metric(
+            (),
+            {
+                "model_name": self._metrics.model_name,
+                "block_size": str(pool.block_size),
+                "num_gpu_blocks": str(pool.num_blocks),
+                "enable_prefix_caching": caching,
+            },
+        )
+        yield info
+
+    def _steps(self) -> Iterator[Metric]:
+        totals = [dict(core.step_log.totals) for core in self._cores]
+        for name, text, attribute in (
+            ("steps", "Steps, by layout.", "steps"),
+            ("step_tokens", "Tokens of steps, by layout.", "tokens"),
+            ("step_padded_tokens", "Tokens computed, padding included.", "padded_tokens"),
+            ("step_seconds", "Time of steps, by layout.", "seconds"),
+        ):
+            values = [
+                [(layout, getattr(t, attribute)) for layout, t in of.items()] for of in totals
+            ]
+            yield self._counter(name, text, "layout", values)
+        skipped = [
+            [("", sum(t.tokens - t.rows for t in of.values()) if _narrows(core) else 0)]
+            for core, of in zip(self._cores, totals, strict=True)
+        ]
+        text = "Tokens that left the model before its upper layers."
+        yield self._counter("swiftkv_skipped_rows", text, None, skipped)
+
+    def _speculation(self) -> Iterator[Metric]:
+        stats = [core.proposer.stats for core in self._cores]
+        drafts = [[("", s.num_drafts)] for s in stats]
+        yield self._counter("spec_decode_num_drafts", "Drafts.", None, drafts)
+        drafted = [[("", int(s.drafted.sum()))] for s in stats]
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens drafted.", None, drafted)
+        accepted = [[("", int(s.accepted.sum()))] for s in stats]
+        yield self._counter("spec_decode_num_accepted_tokens", "... and accepted.", None, accepted)
+        for name, values in (("draft", "drafted"), ("accepted", "accepted")):
+            each = [
+                [(str(position), int(n)) for position, n in enumerate(getattr(s, values))]
+                for s in stats
+            ]
+            yield self._counter(
+                f"spec_decode_num_{name}_tokens_per_pos", "By position.", "position", each
+            )
+
+    def _counter(
+        self, name: str, text: str, label: str | None, values: Iterable[Iterable[Any]]
+    ) -> Metric:
+        """Make a counter of (label's value, number) pairs of each engine."""
+        labels = ("model_name", "engine", *([label] if label else []))
+        family = CounterMetricFamily(self._metrics.prefix + name, text, labels=labels)
+        for i, pairs in enumerate(values):
+            for value, number in pairs:
+                known = (self._metrics.model_name, str(i), *([value] if label else []))
+                family.add_metric(known, number)
+        return family
+
+
+def _narrows(core: EngineCore) -> bool:
+    """Whether tokens without logits skip the model's upper layers (SwiftKV)."""
+    return core.runner.model_config.swiftkv is not None
