@@ -29,6 +29,9 @@ from arctic_jax.loading import hub
 logger = logging.getLogger(__name__)
 
 UNUSED_DAYS = 30
+ABOVE = frozenset({"serving", "training"})
+"""Folders that the engine may not import (the layers in `pyproject.toml` say so): no program
+changes with them."""
 
 
 def default_directory() -> Path | None:
@@ -108,6 +111,8 @@ def environment(devices: Sequence[Any]) -> tuple[object, ...]:
     sources = hashlib.sha256()
     package = Path(__file__).parents[1]
     for folder, _, names in sorted(package.walk(follow_symlinks=True)):
+        if not ABOVE.isdisjoint(folder.relative_to(package).parts):
+            continue
         for name in sorted(name for name in names if name.endswith(".py")):
             sources.update((folder / name).read_bytes())
     client = devices[0].client

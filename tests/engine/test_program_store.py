@@ -53,6 +53,10 @@ def test_a_changed_source_finds_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(program_store, "__file__", str(source))
     store(tmp_path).save("double", compiled())
     assert load(store(tmp_path)) is not None
+    above = package.parent / "serving"
+    above.mkdir()
+    (above / "server.py").write_text("a = 1")  # the engine does not import it
+    assert load(store(tmp_path)) is not None
     source.write_text("a = 2")
     assert load(store(tmp_path)) is None
 
