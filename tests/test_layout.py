@@ -120,7 +120,7 @@ def test_the_lock_file_holds_versions_only_and_every_direct_dependency():
     locked = {re.split("==", line)[0].replace("_", "-") for line in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    names = {re.split(r"[\[>=<!~; ]", requirement)[0] for requirement in wanted}
+    names = {re.split(r"[\[>=<!~; ]", requirement)[0].replace("_", "-") for requirement in wanted}
     assert names <= locked, f"run scripts/lock: {names - locked}"
 
 
