@@ -54,7 +54,7 @@ class LLM:
         self._embedder: Embedder | None = None
         with bars(progress) as report:
             files = open_model(config.load, report)
-            if is_encoder(files.config):
+            if is_encoder(files.config, files.directory):
                 self._embedder = Embedder(config, report, files)
             else:
                 self._engine = make_engine(config, report, files)

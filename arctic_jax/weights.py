@@ -278,27 +278,33 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class WithoutPrefix:
-    """A checkpoint all of whose names begin with something that is left out here."""
+class Renamed:
+    """A checkpoint whose names begin in another way: `theirs` there, `ours` here."""
 
     checkpoint: Checkpoint
-    prefix: str
+    theirs: str
+    ours: str = ""
 
     def __contains__(self, name: str) -> bool:
-        return self.prefix + name in self.checkpoint
+        return name.startswith(self.ours) and self._their_name(name) in self.checkpoint
 
     def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self.prefix) for name in self.checkpoint)
+        for name in self.checkpoint:
+            if name.startswith(self.theirs):
+                yield self.ours + name.removeprefix(self.theirs)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Checkpoint`."""
-        return self.checkpoint.shape(self.prefix + name)
+        return self.checkpoint.shape(self._their_name(name))
 
     def read(
         self, name: str, rows: slice = ALL_ROWS, columns: slice = ALL_ROWS
     ) -> np.ndarray[Any, Any]:
         """See `Checkpoint`."""
-        return self.checkpoint.read(self.prefix + name, rows, columns)
+        return self.checkpoint.read(self._their_name(name), rows, columns)
+
+    def _their_name(self, name: str) -> str:
+        return self.theirs + name.removeprefix(self.ours)
 
 
 @dataclass(frozen=True)

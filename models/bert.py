@@ -90,6 +90,11 @@ class EncoderConfig:
             )
         return values
 
+    @property
+    def usual_length(self) -> int:
+        """Tokens of the longest text if nothing else is said."""
+        return self.max_positions
+
 
 class LayerNorm(nnx.Module):
     """Layer normalisation (Ba et al. 2016) over the last dimension, computed in float32."""
@@ -164,8 +169,9 @@ class BertModel(nnx.Module):
         implementation: of every operation, see `pallas_kernels.dispatch`.
     """
 
+    first_tensor: ClassVar[str] = "embeddings.word_embeddings.weight"
     prefixes: ClassVar[tuple[str, ...]] = ("", "bert.")
-    """What may stand before the names of a checkpoint's tensors."""
+    """What may stand before the names of a checkpoint's tensors; the first is that of our names."""
 
     def __init__(self, config: EncoderConfig, implementation: str | None = None) -> None:
         hidden = config.hidden_size
@@ -196,17 +202,17 @@ class BertModel(nnx.Module):
         """Read a Hugging Face config of model type `bert`."""
         return EncoderConfig.from_hf(config)
 
-    def weight_sources(self, prefix: str = "") -> dict[str, Source]:
+    def weight_sources(self) -> dict[str, Source]:
         """Say, for each parameter's path, which checkpoint tensors it is read from."""
         sources: dict[str, Source] = {
-            "words": Rows(f"{prefix}embeddings.word_embeddings.weight"),
-            "positions": Rows(f"{prefix}embeddings.position_embeddings.weight"),
-            "types": Rows(f"{prefix}embeddings.token_type_embeddings.weight"),
-            "norm.weight": Rows(f"{prefix}embeddings.LayerNorm.weight"),
-            "norm.bias": Rows(f"{prefix}embeddings.LayerNorm.bias"),
+            "words": Rows("embeddings.word_embeddings.weight"),
+            "positions": Rows("embeddings.position_embeddings.weight"),
+            "types": Rows("embeddings.token_type_embeddings.weight"),
+            "norm.weight": Rows("embeddings.LayerNorm.weight"),
+            "norm.bias": Rows("embeddings.LayerNorm.bias"),
         }
         for i in range(self.config.num_hidden_layers):
-            here, there = f"layers.{i}", f"{prefix}encoder.layer.{i}"
+            here, there = f"layers.{i}", f"encoder.layer.{i}"
             for ours, theirs in (
                 ("attention_norm", "attention.output.LayerNorm"),
                 ("mlp_norm", "output.LayerNorm"),

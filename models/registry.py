@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arctic_jax.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from arctic_jax.models.bert import BertModel
+    from arctic_jax.models.decoder_encoder import DecoderEncoder
     from arctic_jax.models.llama import LlamaForCausalLM
     from arctic_jax.models.lstm_speculator import ArcticLSTMSpeculator
     from arctic_jax.models.mlp_speculator import MLPSpeculator
@@ -30,8 +32,12 @@ ENCODERS = {
     "RobertaModel": "xlm_roberta:XLMRobertaModel",
     "XLMRobertaModel": "xlm_roberta:XLMRobertaModel",
     "XLMRobertaForMaskedLM": "xlm_roberta:XLMRobertaModel",
+    "LlamaForCausalLM": "decoder_encoder:LlamaEncoder",
+    "MistralForCausalLM": "decoder_encoder:LlamaEncoder",
+    "Qwen2ForCausalLM": "decoder_encoder:Qwen2Encoder",
+    "Qwen3ForCausalLM": "decoder_encoder:Qwen3Encoder",
 }
-"""Models that turn a text into a vector."""
+"""Models that turn a text into a vector. Decoders do where their files say so, see `is_encoder`."""
 
 SPECULATORS = {
     "ArcticLSTMSpeculatorPreTrainedModel": "lstm_speculator:ArcticLSTMSpeculator",
@@ -51,12 +57,20 @@ def model_class(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:
     return _find(config, ARCHITECTURES, ARCHITECTURES | ENCODERS)
 
 
-def is_encoder(config: Mapping[str, Any]) -> bool:
-    """Whether a Hugging Face config is that of a model in `ENCODERS`."""
-    return any(name in ENCODERS for name in config.get("architectures") or [])
+def is_encoder(config: Mapping[str, Any], directory: Path | None) -> bool:
+    """Whether a model is for vectors: it has no other use, or `modules.json` lies beside it.
+
+    Args:
+        config: its Hugging Face config.
+        directory: with its files, if it is a directory.
+    """
+    names = config.get("architectures") or []
+    if directory is not None and (directory / "modules.json").is_file():
+        return True
+    return any(name in ENCODERS and name not in ARCHITECTURES for name in names)
 
 
-def encoder_class(config: Mapping[str, Any]) -> type[BertModel]:
+def encoder_class(config: Mapping[str, Any]) -> type[BertModel | DecoderEncoder]:
     """Return the encoder for a Hugging Face config, importing only its module.
 
     Raises:

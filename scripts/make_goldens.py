@@ -98,12 +98,14 @@ def make_encoders(out: Path) -> None:
 
 def load_encoder(directory: Path) -> Any:
     """Without the pooler, which sentence embeddings do not use and many checkpoints do not have."""
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    is_decoder = config.architectures[0].endswith("ForCausalLM")
     model = transformers.AutoModel.from_pretrained(
         directory,
         dtype=torch.float32,
         attn_implementation="eager",
-        add_pooling_layer=False,
         local_files_only=True,
+        **{} if is_decoder else {"add_pooling_layer": False},
     )
     return model.eval()
 

@@ -159,7 +159,7 @@ def load(options: dict[str, Any]) -> AsyncEngine | EmbeddingEngine:
     config = EngineConfig.from_keywords(**options)
     with bars() as report:
         files = open_model(config.load, report)
-        if is_encoder(files.config):
+        if is_encoder(files.config, files.directory):
             return EmbeddingEngine(embedder=Embedder(config, report, files))
         return AsyncEngine(engine=make_engine(config, report, files))
 

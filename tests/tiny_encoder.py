@@ -1,6 +1,7 @@
 """A tiny BERT with tokenizer and the files of sentence-transformers, for the tests."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ _MODULE = "sentence_transformers.models."
 
 
 def write(
-    directory: Path, pooling: str = "mean_tokens", normalize: bool = True, **settings: Any
+    directory: Path,
+    pooling: str = "mean_tokens",
+    normalize: bool = True,
+    config: Mapping[str, Any] = CONFIG,
+    **settings: Any,
 ) -> Path:
     """Write the model; a byte is a token. `settings` are those of `sentence_bert_config.json`."""
-    write_model(directory, CONFIG, seed=3)
+    write_model(directory, config, seed=3)
     modules = [
         {"path": "", "type": f"{_MODULE}Transformer"},
         {"path": "1_Pooling", "type": f"{_MODULE}Pooling"},

@@ -30,14 +30,17 @@ from arctic_jax.engine import program_store
 from arctic_jax.engine.program_store import ProgramStore
 from arctic_jax.errors import UnsupportedModelError
 from arctic_jax.models.bert import BertModel, EncoderConfig
+from arctic_jax.models.decoder_encoder import DecoderEncoder, DecoderEncoderConfig
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.progress import Report, counted, silent
 from arctic_jax.shift_parallel import make_mesh
-from arctic_jax.weights import Checkpoint, ParameterSpec
+from arctic_jax.weights import Checkpoint, ParameterSpec, Renamed
 
 logger = logging.getLogger(__name__)
 
+Encoder = BertModel | DecoderEncoder
+Numbers = EncoderConfig | DecoderEncoderConfig
 MAX_TOKENS = {"cpu": 1024, "gpu": 16384}
 """Tokens of a batch, by back end: where more do not make a token cheaper."""
 
@@ -63,8 +66,8 @@ class EncoderRunner:
         self,
         load: LoadConfig,
         max_tokens: int | None,
-        model_class: type[BertModel],
-        model_config: EncoderConfig,
+        model_class: type[Any],
+        model_config: Numbers,
         settings: EmbeddingSettings,
         checkpoint: Checkpoint | None,
         report: Report = silent,
@@ -103,7 +106,7 @@ class EncoderRunner:
         return vectors
 
     def _load(
-        self, model: BertModel, checkpoint: Checkpoint | None, seed: int, report: Report
+        self, model: Encoder, checkpoint: Checkpoint | None, seed: int, report: Report
     ) -> tuple[Array, ...]:
         parameters = {
             path: ParameterSpec(variable.shape, self.dtype, PartitionSpec())
@@ -113,13 +116,14 @@ class EncoderRunner:
         if checkpoint is None:
             placed = weights.random(parameters, self.mesh, seed, advance)
         else:
-            sources = model.weight_sources(_prefix(model, checkpoint))
-            placed = weights.load(parameters, sources, checkpoint, self.mesh, advance)
+            renamed = _renamed(model, checkpoint)
+            sources = model.weight_sources()
+            placed = weights.load(parameters, sources, renamed, self.mesh, advance)
         return tuple(placed[path] for path in parameters)
 
     def _run(self, leaves: tuple[Array, ...], packed: Array, bucket: EncoderBucket) -> Array:
         """Compute a batch: the program of `bucket`."""
-        model: BertModel = jax.tree.unflatten(self._structure, leaves)
+        model: Encoder = jax.tree.unflatten(self._structure, leaves)
         batch = unpack(packed, bucket)
         vectors = pool(model(batch, bucket.window), batch, self.settings.pooling)
         return normalize(vectors) if self.settings.normalize else vectors
@@ -166,19 +170,19 @@ class EncoderRunner:
 _DTYPES = {"cpu": "float32"}  # where bfloat16 is slow
 
 
-def _max_length(
-    wanted: int | None, model_config: EncoderConfig, settings: EmbeddingSettings
-) -> int:
+def _max_length(wanted: int | None, model_config: Numbers, settings: EmbeddingSettings) -> int:
     """Return the tokens of the longest text: what is wanted, if there are so many positions."""
     positions = model_config.max_positions
     if wanted is not None and wanted > positions:
         raise ValueError(f"max_model_len={wanted} is more than the model's {positions} positions")
-    return wanted or min(settings.max_length or positions, positions)
+    return wanted or min(settings.max_length or model_config.usual_length, positions)
 
 
-def _prefix(model: BertModel, checkpoint: Checkpoint) -> str:
-    """Return what stands before the names of the checkpoint's tensors."""
+def _renamed(model: Encoder, checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with our names."""
     for prefix in model.prefixes:
-        if any(name.startswith(f"{prefix}embeddings.word") for name in checkpoint):
-            return prefix
-    raise UnsupportedModelError(f"no tensor begins with any of {model.prefixes} and 'embeddings'")
+        if f"{prefix}{model.first_tensor}" in checkpoint:
+            return Renamed(checkpoint, prefix, model.prefixes[0])
+    raise UnsupportedModelError(
+        f"no tensor is called {model.first_tensor!r} with any of {model.prefixes} before it"
+    )

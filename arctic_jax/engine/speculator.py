@@ -9,7 +9,7 @@ from arctic_jax.engine.step_program import Drafting
 from arctic_jax.loading.model_files import open_weights
 from arctic_jax.models.registry import speculator_class
 from arctic_jax.progress import Report
-from arctic_jax.weights import Checkpoint, WithoutPrefix
+from arctic_jax.weights import Checkpoint, Renamed
 
 PREFIX = "speculator."
 """Of all names in some checkpoints."""
@@ -55,7 +55,7 @@ def open_speculator(
             f"drafts at most {numbers.n_predict}"
         )
     if checkpoint is not None and all(tensor.startswith(PREFIX) for tensor in checkpoint):
-        checkpoint = WithoutPrefix(checkpoint, PREFIX)
+        checkpoint = Renamed(checkpoint, PREFIX)
     drafting = Drafting(
         cls, numbers, wanted or numbers.n_predict, speculative.disable_by_batch_size
     )

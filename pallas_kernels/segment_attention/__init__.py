@@ -1,3 +1,3 @@
-"""Attention within each segment of a packed batch, in both directions: what encoders do."""
+"""Attention within each segment of a packed batch, without a cache: what encoders do."""
 
 from arctic_jax.pallas_kernels.segment_attention.op import segment_attention as segment_attention

@@ -25,6 +25,8 @@ class Case:
     heads: int
     head_dim: int
     dtype: str = "bfloat16"
+    kv_heads: int | None = None
+    causal: bool = False
     race_detection: bool = False
 
     @property
@@ -44,6 +46,8 @@ CASES = (
     _case("arctic_m_mixed", ((50, 50, 20), (7, 64)), 128, 12, 64),
     _case("arctic_m_512", ((512,),), 512, 2, 64, dtype="float16"),
     _case("head_dim_8", ((5, 6), (11,)), 16, 3, 8, dtype="float32"),
+    _case("causal", ((30, 20, 8), (64,)), 64, 4, 16, dtype="float32", causal=True),
+    _case("qwen3_embedding", ((70, 50), (1, 127)), 128, 16, 128, kv_heads=8, causal=True),
     _case("arctic_m_50", ((50,) * 10,) * 32, 512, 12, 64, "bench"),
     _case("arctic_m_512_full", ((512,),) * 32, 512, 12, 64, "bench"),
     _case("minilm_256", ((256,),) * 64, 256, 12, 32, "bench"),
@@ -53,23 +57,31 @@ CASES = (
 def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tuple, dict]:
     """Return the arguments of `op.segment_attention`; padding holds `poison`."""
     keys = jax.random.split(jax.random.key(seed), 3)
-    shape = (case.tokens, case.heads, case.head_dim)
+    kv_heads = case.kv_heads or case.heads
+    shapes = [(case.tokens, heads, case.head_dim) for heads in (case.heads, kv_heads, kv_heads)]
     ids = _segment_ids(case)
-    arrays = [jax.random.normal(key, shape, jnp.dtype(case.dtype)) for key in keys]
+    arrays = [
+        jax.random.normal(key, shape, jnp.dtype(case.dtype))
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
     if poison is not None:
         arrays = [jnp.where((ids < 0)[:, None, None], poison, x).astype(x.dtype) for x in arrays]
-    return (*arrays, jnp.asarray(ids)), {"window": case.window, "scale": case.head_dim**-0.5}
+    keywords = {"window": case.window, "scale": case.head_dim**-0.5, "causal": case.causal}
+    return (*arrays, jnp.asarray(ids)), keywords
 
 
 def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
     """Return the output in float64, NaN for padding, segment by segment."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in arguments[:3])
+    k, v = (np.repeat(x, case.heads // x.shape[1], axis=1) for x in (k, v))
     out = np.full_like(q, np.nan)
     for number, lengths in enumerate(case.windows):
         start = number * case.window
         for length in lengths:
             rows = slice(start, start + length)
             scores = np.einsum("qhd,khd->hqk", q[rows], k[rows]) * keywords["scale"]
+            if keywords["causal"]:
+                scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             out[rows] = np.einsum("hqk,khd->qhd", weights, v[rows])
@@ -92,9 +104,11 @@ def following(arguments: tuple, output: jax.Array) -> tuple:
 
 def cost(case: Case) -> tuple[float, float]:
     """Return the bytes that must be moved and the floating-point operations that must be done."""
-    width = case.heads * case.head_dim
+    heads, kv_heads = case.heads, case.kv_heads or case.heads
     squares = float(sum(length**2 for lengths in case.windows for length in lengths))
-    return 4.0 * case.tokens * width * jnp.dtype(case.dtype).itemsize, 4.0 * squares * width
+    squares /= 2 if case.causal else 1
+    moved = 2.0 * (heads + kv_heads) * case.tokens * case.head_dim
+    return moved * jnp.dtype(case.dtype).itemsize, 4.0 * squares * heads * case.head_dim
 
 
 def _segment_ids(case: Case) -> np.ndarray:

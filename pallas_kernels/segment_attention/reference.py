@@ -9,16 +9,20 @@ from jax import Array
 
 
 def segment_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, window: int, scale: float
+    q: Array, k: Array, v: Array, segment_ids: Array, window: int, scale: float, causal: bool
 ) -> Array:
     """See `op.segment_attention`."""
     tokens, heads, head_dim = q.shape
+    if k.shape[1] != heads:
+        k, v = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (k, v))
     windows = (tokens // window, window, heads, head_dim)
     q, k, v = (x.reshape(windows) for x in (q, k, v))
     ids = segment_ids.reshape(windows[:2])
     scores = jnp.einsum("wqhd,wkhd->whqk", q, k, preferred_element_type=jnp.float32) * scale
-    same = (ids[:, :, None] == ids[:, None, :])[:, None]
-    scores = jnp.where(same, scores, -jnp.inf)  # a token sees itself: no row is empty
+    seen = ids[:, :, None] == ids[:, None, :]
+    if causal:
+        seen &= jnp.tri(window, dtype=bool)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)  # a token sees itself: no row is empty
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     out = jnp.einsum(
         "whqk,wkhd->wqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32

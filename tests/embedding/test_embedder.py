@@ -5,8 +5,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import plain_model
 import pytest
 import tiny_encoder
+from safetensors.numpy import load_file, save_file
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.embedding.embedder import Embedder, EmbeddingParams
@@ -14,6 +16,8 @@ from arctic_jax.embedding.pooling import Pooling, pool
 from arctic_jax.embedding.settings import EmbeddingSettings
 from arctic_jax.encoder_batch import EncoderBucket, pack, unpack
 from arctic_jax.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
+from arctic_jax.models.registry import is_encoder
+from arctic_jax.testing import TINY_LLAMA
 
 TEXTS = ["a", "Hello there", "x" * 200, "naïve 日本語 🧑‍🚀", "the end", "y" * 512, "z" * 37]
 
@@ -158,6 +162,41 @@ def test_random_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_encoder.CONFIG))
     rows = make(tmp_path, load_format="dummy", max_model_len=32).embed([[1, 2], [3]])
     assert np.isfinite(rows).all()
+
+
+def test_a_decoder_embeds_by_its_last_token(tmp_path: Path) -> None:
+    """With and without `model.` before the names, which `AutoModel` leaves out."""
+    directory = tiny_encoder.write(tmp_path / "m", "lasttoken", config=TINY_LLAMA)
+    texts = ["Hello there", "x" * 100, "naïve", "end"]
+    embedder = make(directory, max_num_batched_tokens=256)
+    rows = embedder.embed(texts)
+    tensors = load_file(directory / "model.safetensors")
+    no_head = {"lm_head.weight": np.eye(TINY_LLAMA["hidden_size"])}
+    for text, row in zip(texts, rows, strict=True):
+        token_ids = embedder.text_encoder.encode([text])[0]
+        last = plain_model.logits(TINY_LLAMA, tensors | no_head, list(token_ids))[-1]
+        np.testing.assert_allclose(row, last / np.linalg.norm(last), atol=1e-5)
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+        directory / "model.safetensors",
+    )
+    np.testing.assert_array_equal(make(directory, max_num_batched_tokens=256).embed(texts), rows)
+
+
+def test_a_decoder_is_for_vectors_if_its_files_say_so(tmp_path: Path) -> None:
+    directory = tiny_encoder.write(tmp_path / "m", "lasttoken", config=TINY_LLAMA)
+    assert is_encoder(TINY_LLAMA, directory)
+    (directory / "modules.json").unlink()
+    assert not is_encoder(TINY_LLAMA, directory)
+    assert not is_encoder(TINY_LLAMA, None)
+    assert is_encoder(tiny_encoder.CONFIG, None)
+
+
+def test_a_decoder_without_its_tensors_is_refused(tmp_path: Path) -> None:
+    directory = tiny_encoder.write(tmp_path / "m", "lasttoken", config=TINY_LLAMA)
+    save_file({"x": np.zeros(1, np.float32)}, directory / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"embed_tokens\.weight"):
+        make(directory)
 
 
 def test_settings_of_sentence_transformers_6(tmp_path: Path) -> None:

@@ -31,6 +31,19 @@ def _config(**changes: Any) -> dict[str, Any]:
     return base | changes
 
 
+def _decoder(family: str, **changes: Any) -> dict[str, Any]:
+    decoder = {
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+    return _config(**decoder) | changes
+
+
 CASES: dict[str, dict[str, Any]] = {
     "bert": _config(),
     "bert_one_head": _config(num_attention_heads=1, num_hidden_layers=1),
@@ -53,4 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
         pad_token_id=1,
         layer_norm_eps=1e-5,
     ),
+    "llama": _decoder("Llama", num_key_value_heads=6),
+    "qwen2": _decoder("Qwen2"),
+    "qwen3": _decoder("Qwen3", head_dim=16),
 }

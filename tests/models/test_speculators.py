@@ -181,7 +181,7 @@ def test_all_forms_of_dimensions_and_a_prefix() -> None:
     cls = speculator_class(LSTM)
     assert cls.config_from_hf(whole) == cls.config_from_hf(LSTM)
     tensors = {f"speculator.{name}": tensor for name, tensor in make_speculator(LSTM).items()}
-    checkpoint = weights.WithoutPrefix(TensorsInMemory(tensors), "speculator.")
+    checkpoint = weights.Renamed(TensorsInMemory(tensors), "speculator.")
     assert set(checkpoint) == set(make_speculator(LSTM))
     projection = cls(cls.config_from_hf(LSTM), 1).weight_sources()["projections.0"]
     rows = projection.read(checkpoint, 20, 60)
