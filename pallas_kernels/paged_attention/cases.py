@@ -33,6 +33,8 @@ class Case:
     max_query_len: int | None = None  # None: the longest there is
     max_model_len: int = 0  # the block tables are this wide, in tokens, if not wider
     race_detection: bool = False  # small enough for the interpreter to look for races
+    drafts: tuple[tuple[int, ...], ...] = ()
+    """Of each sequence the parents of its last tokens, if they are a draft that is a tree."""
 
 
 def _case(name: str, heads: tuple[int, int, int], sequences, tags: str = "ci", **more) -> Case:
@@ -57,6 +59,10 @@ def _ragged(n: int, low: int, high: int) -> list[tuple[int, int]]:
     lengths = np.linspace(low, high, n).astype(int)
     return [(1, int(length)) for length in np.random.default_rng(0).permutation(lengths)]
 
+
+# Parents of drafted tokens, by index; -1 stands for the token before the draft.
+TREES = ((-1, 0, 1, 0, -1, 4, 4), (-1, -1, 1))
+LONG_TREE = (*range(-1, 15), 9, *range(16, 30))  # 31 tokens, two branches after the tenth
 
 CASES = (
     # One query a sequence.
@@ -87,6 +93,39 @@ CASES = (
     _case("verify_llama_8b", LLAMA_8B_TP4, [(4, 200), (2, 66), (0, 0), (1, 1)], padding_rows=3),
     _case("verify_smollm2", SMOLLM2_135M, [(3, 65), (1, 90)], race_detection=True),
     _case("verify_window", LLAMA_70B_TP8, [(5, 150)], sliding_window=3),
+    # The verification of drafts that are trees.
+    _case("tree_llama_8b", LLAMA_8B_TP4, [(8, 130), (4, 66), (0, 0), (1, 1)], drafts=TREES),
+    _case("tree_smollm2", SMOLLM2_135M, [(5, 66)], drafts=((-1, 0, 0, -1),), race_detection=True),
+    _case(
+        "tree_window",
+        (2, 1, 64),
+        [(32, 100), (2, 40)],
+        sliding_window=33,
+        drafts=(LONG_TREE, (-1,)),
+    ),
+    _case("splits_tree", (4, 1, 64), [(8, 300), (1, 9)], max_model_len=1024, drafts=TREES[:1]),
+    _case(
+        "tree_narrowed",
+        SMOLLM2_135M,
+        [(1, 100), (1, 65), (0, 0)],
+        sliding_window=34,
+        drafts=(LONG_TREE, (-1, 0, -1)),
+    ),
+    _case(
+        "mixed_tree",
+        (2, 1, 64),
+        [(100, 130), (8, 70), (1, 9), (32, 45)],
+        drafts=((), TREES[0], (), LONG_TREE),
+        padding_rows=5,
+    ),
+    _case(
+        "mixed_tree_window",
+        (2, 1, 64),
+        [(120, 120), (32, 70)],
+        sliding_window=40,
+        drafts=((), LONG_TREE),
+        race_detection=True,
+    ),
     # Prompt chunks, alone and beside decode rows.
     _case("prefill_llama_70b", (4, 1, 128), [(200, 200)]),
     _case("prefill_smollm2", SMOLLM2_135M, [(70, 70)], padding_rows=58, race_detection=True),
@@ -119,6 +158,8 @@ CASES = (
     _case("decode_smollm2_b128_2k", SMOLLM2_135M, [(1, 2048)] * 128, "bench"),
     _case("decode_gemma2_9b", GEMMA2_9B, [(1, 4096)] * 32, "bench", soft_cap=50.0),
     _case("verify_llama_8b_k3", LLAMA_8B, [(4, 2048)] * 64, "bench"),
+    _case("verify_llama_8b_k7", LLAMA_8B, [(8, 2048)] * 64, "bench"),
+    _case("tree_llama_8b_k7", LLAMA_8B, [(8, 2048)] * 64, "bench", drafts=TREES[:1] * 64),
     _case("prefill_llama_8b_8k", LLAMA_8B, [(8192, 8192)], "bench"),
     _case("prefill_llama_8b_1k", LLAMA_8B, [(1024, 1024)] + [(0, 0)] * 255, "bench"),
     _case("prefill_llama_8b_8x1k", LLAMA_8B, [(1024, 1024)] * 8 + [(0, 0)] * 248, "bench"),
@@ -167,7 +208,10 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
         mask = jnp.asarray(valid)[:, None, :, None]
         k_cache = jnp.where(mask, k_cache, jnp.asarray(np.nan, dtype))
         v_cache = jnp.where(mask, v_cache, jnp.asarray(poison, dtype))
-    indices = (jnp.asarray(array) for array in (tables, starts, seq_lens))
+    indices = [tables, starts, seq_lens]
+    if case.drafts:
+        indices.append(_draft_mask(case, rows, starts))
+    indices = map(jnp.asarray, indices)
     keywords = {
         "max_query_len": max_query_len,
         "scale": case.head_dim**-0.5,
@@ -177,9 +221,23 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
     return (q, k_cache, v_cache, *indices), keywords
 
 
+def _draft_mask(case: Case, rows: int, starts: np.ndarray) -> np.ndarray:
+    """Return the masks of all queries; a single query of a tree is the tree's last token."""
+    mask = np.full(rows, -1, np.int32)
+    for (queries, _), begin, parents in zip(case.sequences, starts, case.drafts, strict=False):
+        for token in range(max(len(parents) - queries, 0), len(parents)):
+            hidden = set(range(token))
+            ancestor = token
+            while ancestor >= 0:
+                hidden.discard(ancestor)
+                ancestor = parents[ancestor]
+            mask[begin + queries - len(parents) + token] -= sum(1 << token - h for h in hidden)
+    return mask
+
+
 def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
     """Return the output in float64, one query and head at a time; NaN where it is unspecified."""
-    q, k_cache, v_cache, tables, starts, seq_lens = (np.asarray(a) for a in arguments)
+    q, k_cache, v_cache, tables, starts, seq_lens, *mask = (np.asarray(a) for a in arguments)
     out = np.full(q.shape, np.nan, np.float64)
     group = case.heads // case.kv_heads
     for s, length in enumerate(seq_lens):
@@ -190,8 +248,12 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
         )
         for row in range(starts[s], last):
             position = length - (last - row)
-            first = 0 if case.sliding_window is None else position - case.sliding_window + 1
-            seen = slice(max(first, 0), position + 1)
+            seen = np.arange(position + 1)
+            if mask:
+                bit = np.minimum(position - seen, 31)
+                seen = seen[(mask[0][row].astype(np.int64) >> bit) & 1 > 0]
+            if case.sliding_window is not None:
+                seen = seen[-case.sliding_window :]
             for head in range(case.heads):
                 scores = k[seen, head // group] @ q[row, head].astype(np.float64)
                 scores = scores * keywords["scale"]

@@ -20,6 +20,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from arctic_jax.pallas_kernels.paged_attention.reference import MASK_BITS, num_hidden
+
 ROWS = 64  # query rows of a thread block, the M of one wgmma
 SMEM_BYTES = 227 * 1024  # what one thread block may have
 SMS = 132
@@ -99,6 +101,7 @@ def decode(
     block_tables: Array,
     query_start_loc: Array,
     seq_lens: Array,
+    draft_mask: Array | None,
     *,
     max_query_len: int,
     scale: float,
@@ -125,6 +128,7 @@ def decode(
         rows = jnp.moveaxis(rows.reshape(S, Q, KV, G, D), 1, 2).reshape(S, KV, Q * G, D)
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
         rows = rows.reshape(S, KV * stride, D)
+    masks = [] if draft_mask is None else [_row_masks(draft_mask, query_start_loc, Q, G)]
 
     out_type = jax.ShapeDtypeStruct((T, H, D), q.dtype)
     partial_type = [
@@ -154,6 +158,7 @@ def decode(
     }
     body = functools.partial(
         _decode_body,
+        is_masked=bool(masks),
         config=config,
         group=G,
         queries=Q,
@@ -171,7 +176,7 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
         kernel_name="paged_attention_decode",
-    )(rows, k_cache, v_cache, block_tables, query_start_loc, seq_lens)
+    )(rows, k_cache, v_cache, block_tables, query_start_loc, seq_lens, *masks)
     if splits == 1:
         return outputs[0]
     return plgpu.kernel(
@@ -185,6 +190,33 @@ def decode(
     )(*outputs, query_start_loc)
 
 
+def _row_masks(draft_mask: Array, query_start_loc: Array, queries: int, group: int) -> Array:
+    """Return `[2, S, ROWS]` the mask of each query row, and how many keys it hides.
+
+    Rows of a sequence lie where those of a head group do. Those are at the same places for every
+    group, but where a sequence has one query only, whose mask all rows have.
+    """
+    query = jnp.minimum(jnp.arange(ROWS) // group, queries - 1)
+    of_row = draft_mask[jnp.minimum(query_start_loc[:-1, None] + query, len(draft_mask) - 1)]
+    return jnp.stack([of_row, num_hidden(of_row)])
+
+
+def load_masks(masks_gmem, where, window):
+    """Return the masks of 64 rows and, if there is a window, how many keys they hide."""
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+    load = functools.partial(plgpu.load, layout=by_row, optimized=False)
+    hidden = None if window is None else load(masks_gmem.at[1, where])
+    return load(masks_gmem.at[0, where]), hidden
+
+
+def visible_keys(distance, mask, hidden, window):
+    """Return which keys the rows see, from how far those are before the rows' queries."""
+    by_key = functools.partial(lax.broadcast_in_dim, shape=distance.shape, broadcast_dimensions=[0])
+    bits = by_key(mask) >> jnp.clip(distance, 0, MASK_BITS - 1)
+    visible = (distance >= 0) & ((bits & 1) > 0)
+    return visible if window is None else visible & (distance - by_key(hidden) < window)
+
+
 def _decode_body(
     q_gmem,  # [S, rows, D]
     k_gmem,  # [blocks, KV, block_size, D]
@@ -192,9 +224,10 @@ def _decode_body(
     tables_gmem,  # [S, B]
     starts_gmem,  # [S + 1]
     lens_gmem,  # [S]
-    out_gmem,  # [T, H, D], or [S, KV, splits, Q * G, D] if there are several splits
-    lse_gmem=None,  # [S, KV, splits, ROWS], the logarithms of their sums of exponentials
-    *,
+    *more_gmem,  # [2, S, ROWS] of `_row_masks`, if there are draft masks; then the results:
+    # [T, H, D], or [S, KV, splits, Q * G, D] if there are several splits, and beside that
+    # [S, KV, splits, ROWS], the logarithms of their sums of exponentials
+    is_masked: bool,
     config: Config,
     group: int,
     queries: int,
@@ -210,6 +243,7 @@ def _decode_body(
     k_barriers,
     v_barriers,
 ):
+    masks_gmem, (out_gmem, *lse_gmem) = more_gmem[:is_masked], more_gmem[is_masked:]
     (k_smem, v_smem), out_smem = tiles_smem
     D, block_size, _B = q_gmem.shape[2], k_gmem.shape[2], tables_gmem.shape[1]
     tile, stages = config.tile, config.stages
@@ -233,6 +267,8 @@ def _decode_body(
     first_tile = 0
     if sliding_window is not None:
         lowest = length - query_len - (sliding_window - 1)
+        if is_masked:
+            lowest -= MASK_BITS - 1
         first_tile = lax.div(jnp.maximum(lowest, 0), tile)
     share = lax.div(last_tile - first_tile + (config.splits - 1), config.splits)
     begin = first_tile + split * share
@@ -260,6 +296,9 @@ def _decode_body(
     acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
     row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), by_row)
     row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
+    mask = hidden = None
+    if is_masked:
+        mask, hidden = load_masks(masks_gmem[0], sequence, sliding_window)
     plgpu.barrier_wait(q_barrier)
 
     def step(i, carry):
@@ -286,16 +325,19 @@ def _decode_body(
         position = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=plgpu.Layout.WGMMA) + (
             key - length
         )  # from the end of the sequence, negative
-        if queries == 1:
+        if queries == 1 and mask is None:
             visible = position < 0
             if sliding_window is not None:
                 visible &= position >= -sliding_window
         else:
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row) - offset
             query = lax.broadcast_in_dim(lax.div(row, group) - query_len, position.shape, [0])
-            visible = position <= query
-            if sliding_window is not None:
-                visible &= position > query - sliding_window
+            if mask is not None:
+                visible = visible_keys(query - position, mask, hidden, sliding_window)
+            else:
+                visible = position <= query
+                if sliding_window is not None:
+                    visible &= position > query - sliding_window
         scores = jnp.where(visible, scores, MASKED)
 
         new_max = jnp.maximum(row_max, scores.max(axis=1))
@@ -336,7 +378,7 @@ def _decode_body(
     row_sum = jnp.maximum(row_sum, 1e-30)
     acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
     out_smem[...] = acc.astype(out_smem.dtype)
-    if lse_gmem is None:
+    if not lse_gmem:
         plgpu.commit_smem()
         for i in range(queries):
 
@@ -352,7 +394,7 @@ def _decode_body(
         plgpu.commit_smem()
         mine = out_smem.at[pl.ds(offset, queries * group)]
         plgpu.copy_smem_to_gmem(mine, out_gmem.at[sequence, head, split])
-        plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[sequence, head, split])
+        plgpu.copy_smem_to_gmem(lse_smem, lse_gmem[0].at[sequence, head, split])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from arctic_jax.pallas_kernels.paged_attention import mosaic_gpu
+from arctic_jax.pallas_kernels.paged_attention.mosaic_gpu import load_masks, visible_keys
+from arctic_jax.pallas_kernels.paged_attention.reference import MASK_BITS, num_hidden
 
 ROWS = 64  # of one compute warpgroup
 TILE = 2 * ROWS  # query rows of a thread block
@@ -70,6 +72,7 @@ def mixed(
     block_tables: Array,
     query_start_loc: Array,
     seq_lens: Array,
+    draft_mask: Array | None,
     *,
     max_query_len: int,
     scale: float,
@@ -99,6 +102,11 @@ def mixed(
     # 0.8 us of a multiprocessor, so there are few, and they take turns if they must.
     workers = min(len(item), -(-T // TILE) + 8)
 
+    masks = []
+    if draft_mask is not None:
+        padded = jnp.pad(draft_mask, (0, -T % TILE), constant_values=-1)
+        masks = [jnp.stack([padded, num_hidden(padded)])]
+
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     cache_tiles = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=swizzled)
     copies = config.tile // block_size if config.tile > block_size else 1
@@ -123,6 +131,7 @@ def mixed(
     }
     body = functools.partial(
         _body,
+        is_masked=draft_mask is not None,
         config=config,
         group=H // KV,
         scale=scale,
@@ -149,6 +158,7 @@ def mixed(
         seq_lens,
         work,
         ends[-1:].astype(jnp.int32),
+        *masks,
     )
     if S == 1:
         return out
@@ -159,6 +169,7 @@ def mixed(
         block_tables,
         jnp.arange(S + 1, dtype=jnp.int32),
         jnp.where(query_lens == 1, seq_lens, 0),
+        None if draft_mask is None else draft_mask[jnp.minimum(query_start_loc[:-1], T - 1)],
         max_query_len=1,
         scale=scale,
         sliding_window=sliding_window,
@@ -193,7 +204,9 @@ class _Item(NamedTuple):
     end: Array
 
 
-def _item(index, starts_gmem, lens_gmem, work_gmem, tile: int, window: int | None) -> _Item:
+def _item(
+    index, starts_gmem, lens_gmem, work_gmem, tile: int, window: int | None, most_hidden: int
+) -> _Item:
     sequence, top = work_gmem[0, index], work_gmem[1, index] * TILE
     length = lens_gmem[sequence]
     start, stop = starts_gmem[sequence], starts_gmem[sequence + 1]
@@ -201,9 +214,11 @@ def _item(index, starts_gmem, lens_gmem, work_gmem, tile: int, window: int | Non
     shift = length - stop
     end = lax.div(high + shift + (tile - 1), tile)
     full_end = lax.div(low + shift + 1, tile)
+    if most_hidden:  # a key that is not before all rows, or close before them, may be hidden
+        full_end = lax.div(jnp.maximum(low + shift + 1 - most_hidden, 0), tile)
     begin = full_begin = 0
     if window is not None:
-        begin = lax.div(jnp.maximum(low + shift - (window - 1), 0), tile)
+        begin = lax.div(jnp.maximum(low + shift - (window - 1 + most_hidden), 0), tile)
         seen_by_all = jnp.maximum(high - 1 + shift - (window - 1), 0)
         full_begin = jnp.minimum(lax.div(seen_by_all + (tile - 1), tile), end)
         full_end = jnp.maximum(full_end, full_begin)
@@ -219,8 +234,9 @@ def _body(
     lens_gmem,  # [S]
     work_gmem,  # [2, items]: sequence and tile of each item
     count_gmem,  # [1], of the items
-    out_gmem,  # [T, H, D]
-    *,
+    *more_gmem,  # [2, T rounded up to 128]: masks and how many keys they hide, if there are draft
+    # masks; then the result, [T, H, D]
+    is_masked: bool,
     config: Config,
     group: int,
     scale: float,
@@ -238,18 +254,23 @@ def _body(
     clean,
     turn,
 ):
+    masks_gmem, (out_gmem,) = more_gmem[:is_masked], more_gmem[is_masked:]
     q_smem, out_smem = q_smem
     D, block_size, dtype = q_gmem.shape[2], k_gmem.shape[2], k_gmem.dtype
     tile, stages = config.tile, config.stages
     head, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     interpreted = p_smem is not None
+    most_hidden = (MASK_BITS - 1) * is_masked
 
     def each_item(run):
         """Run the items of this thread block; after each the barriers are as they were."""
 
         @pl.loop(lax.axis_index("worker"), count_gmem[0], step=lax.axis_size("worker"))
         def _(index):
-            run(_item(index, starts_gmem, lens_gmem, work_gmem, tile, sliding_window))
+            item = _item(
+                index, starts_gmem, lens_gmem, work_gmem, tile, sliding_window, most_hidden
+            )
+            run(item)
 
     def load(item: _Item):
         steps = item.end - item.begin
@@ -295,6 +316,9 @@ def _body(
         acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
         row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), by_row)
         row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
+        mask = hidden = None
+        if is_masked:
+            mask, hidden = load_masks(masks_gmem[0], pl.ds(first_row, ROWS), sliding_window)
         plgpu.barrier_wait(q_barriers.at[warpgroup])
         pl.when(warpgroup == 1)(pass_turn)
 
@@ -320,9 +344,12 @@ def _body(
                 )
                 ahead = iota((ROWS, tile), 1) - iota((ROWS, tile), 0)
                 ahead = ahead + (i * tile - first_row - item.shift)  # key less query position
-                visible = ahead <= 0
-                if sliding_window is not None:
-                    visible &= ahead > -sliding_window
+                if mask is not None:
+                    visible = visible_keys(-ahead, mask, hidden, sliding_window)
+                else:
+                    visible = ahead <= 0
+                    if sliding_window is not None:
+                        visible &= ahead > -sliding_window
                 # Scaled first: a fused multiply-add of MASKED would leave its rounding error.
                 scores = jnp.where(visible, scores * factor, MASKED)
                 factor = 1.0

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.paged_attention import mosaic_gpu, mosaic_gpu_prefill, reference
+from arctic_jax.pallas_kernels.paged_attention.reference import MASK_BITS
 
 
 def paged_attention(
@@ -14,6 +15,7 @@ def paged_attention(
     block_tables: Int[Array, "S B"],
     query_start_loc: Int[Array, " S+1"],
     seq_lens: Int[Array, " S"],
+    draft_mask: Int[Array, " T"] | None = None,
     *,
     max_query_len: int,
     scale: float,
@@ -39,10 +41,15 @@ def paged_attention(
         query_start_loc: where each sequence's queries begin, non-decreasing, ends with the number
             of real queries. Rows of `q` past it are padding: their output is unspecified.
         seq_lens: tokens in the cache for each sequence; 0 for an empty slot.
+        draft_mask: which of the tokens before it a query sees, for drafts that are trees. Bit `i`
+            stands for the key `i` places before the query's own (bit 0: its own, which is seen),
+            the sign bit for all that are farther away, which are seen. -1 sees them all, and so do
+            all queries without this argument.
         max_query_len: static bound on the queries of one sequence. 1 means a decode batch, where
             T == S and row `s` is the query of sequence `s`.
         scale: factor on the scores.
-        sliding_window: a query sees this many keys, itself included; `None` for all.
+        sliding_window: a query sees this many keys, itself included; `None` for all. Keys that
+            its `draft_mask` hides do not count. At least 32 beside one.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
         implementation: see `dispatch.resolve`.
 
@@ -60,9 +67,12 @@ def paged_attention(
         raise ValueError(f"{query_start_loc.shape=}, {seq_lens.shape=}, {block_tables.shape=}")
     if max_query_len < 1 or (max_query_len == 1 and T != S):
         raise ValueError(f"{max_query_len=} with {T} queries of {S} sequences")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"{sliding_window=} must be positive or None")
-    arrays = (q, k_cache, v_cache, block_tables, query_start_loc, seq_lens)
+    if draft_mask is not None and draft_mask.shape != (T,):
+        raise ValueError(f"{draft_mask.shape=} with {T} queries")
+    least = 1 if draft_mask is None else MASK_BITS
+    if sliding_window is not None and sliding_window < least:
+        raise ValueError(f"{sliding_window=} must be at least {least}, or None")
+    arrays = (q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, draft_mask)
     options = {
         "max_query_len": max_query_len,
         "scale": scale,
@@ -81,7 +91,7 @@ def paged_attention(
     return kernel(*arrays, **options, interpret=dispatch.interpreter())
 
 
-def mosaic_gpu_unsupported(q: Array, k_cache: Array, *_: Array, **__: object) -> str | None:
+def mosaic_gpu_unsupported(q: Array, k_cache: Array, *_: Array | None, **__: object) -> str | None:
     """Return why `"mosaic_gpu"` does not take these arguments of `paged_attention`, or `None`.
 
     With `implementation=None` such calls go to `"xla"`. Only shapes and dtypes are looked at.
