@@ -17,11 +17,31 @@ TOLERANCE = {"float32": 0.0}  # tokens, not numbers
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """One request's rows: `length` drafted tokens, the first `likely` of which have high logits."""
+    """One request's rows: `length` drafted tokens, each after the one before it, or a tree.
+
+    With `parents` it is a tree: of each token the index of the one that it follows, -1 for the
+    token before the draft. On the path to the last token the first `likely` have high logits.
+    """
 
     params: Params
     length: int = 0
     likely: int = 0
+    parents: tuple[int, ...] = ()
+
+    def parent(self, token: int) -> int:
+        """Return the index of the drafted token before one."""
+        return self.parents[token] if self.parents else token - 1
+
+    def path(self, token: int) -> list[int]:
+        """Return the drafted tokens up to one, from the first."""
+        return [] if token < 0 else [*self.path(self.parent(token)), token]
+
+    def mask(self) -> list[int]:
+        """Return the `draft_mask` of its rows."""
+        if not self.parents:
+            return [-1] * (1 + self.length)
+        hidden = ([i - j for j in range(i) if j not in self.path(i)] for i in range(self.length))
+        return [-1, *(-1 - sum(1 << distance for distance in others) for others in hidden)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +78,23 @@ DAMAGED = (
     Chain(GREEDY, 2, likely=2),
 )
 
+FORK = (-1, 0, 1, 0, -1, 4, 4)
+TREES = (
+    Chain(GREEDY, 7, likely=2, parents=FORK),
+    Chain(COUNTED, 7, likely=1, parents=FORK),
+    Chain(WARM, 3, likely=3, parents=(-1, -1, -1)),
+    Chain(BOOSTED, 31, likely=14, parents=(*range(-1, 15), 9, *range(16, 30))),
+    Chain(ADJUSTED),
+    Chain(TOP_K_TOP_P, 4, likely=4, parents=(-1, 0, 0, 2)),
+)
+
 CASES = (
     _case("ragged", 1301, RAGGED),
     _case("repeated_drafts", 12, [Chain(p, 5, likely=5) for p in (COUNTED, BOOSTED) * 8]),
     _case("damaged", 900, DAMAGED),
     _case("no_drafts", 700, [Chain(WARM), Chain(COUNTED)]),
+    _case("trees", 1301, (*TREES, *RAGGED[:3])),
+    _case("trees_of_few_tokens", 40, TREES * 4),
     # Too slow for an interpreter: the kernel on a GPU, and XLA.
     _case("llama_3", sampling_cases.LLAMA_3, RAGGED * 4, "gpu"),
     # What the H200 is measured on.
@@ -93,12 +125,16 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
         seeds[begin:end] = seeds[begin]
         step[begin:end] = step[begin] + np.arange(1 + chain.length)
         draft[begin : end - 1] = rng.integers(0, min(case.vocab, 50), chain.length)
-        likely = np.arange(begin, begin + chain.likely)
-        logits[likely, draft[likely]] += 14
+        if chain.parents:  # tokens that come after the same one differ
+            draft[begin : end - 1] = rng.permutation(min(case.vocab, 50))[: chain.length]
+        for token in chain.path(chain.length - 1)[: chain.likely]:
+            logits[begin + 1 + chain.parent(token), draft[begin + token]] += 14
         if chain.params.damage is not None:
             logits[end - 1, rng.integers(case.vocab)] = chain.params.damage
         begin = end
-    arrays = (seeds, step, draft)
+    arrays = [seeds, step, draft]
+    if any(chain.parents for chain in case.chains):
+        arrays.append(np.concatenate([chain.mask() for chain in case.chains]))
     integers = (jnp.asarray(array, jnp.int32) for array in arrays)
     longest = max(chain.length for chain in case.chains)
     return (jnp.asarray(logits), *arguments[1:-2], *integers), {"max_draft_len": longest}
@@ -107,25 +143,30 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
 def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens and whether the row is finite, NaN where anything will do."""
     del keywords
-    logits, seen, *rest, draft = (np.asarray(a) for a in arguments)
+    logits, seen, bias, *vectors = (np.asarray(a) for a in arguments)
+    if any(chain.parents for chain in case.chains):
+        vectors.pop()
+    state_row, draft = vectors[0], vectors.pop()
     tokens, finite = np.full(len(logits), -1.0), np.full(len(logits), np.nan)
-    alive, state, begin = True, seen, 0
     one = sampling_cases.Case(case.name, case.tags, case.vocab, (Params(),))
-    for row in range(len(logits)):
-        if row == 0 or draft[row - 1] < 0:
-            alive, state, begin = True, seen.copy(), row
-        if not alive:
-            continue
-        bias, *vectors = rest
-        pick = [v[row : row + 1] for v in vectors]
-        drawn, good = sampling_cases.expected(one, (logits[row : row + 1], state, bias, *pick), {})
-        tokens[row], finite[row] = drawn[0], good[0]
-        if np.isnan(drawn[0]):  # what comes after it may be anything
-            end = row + int(np.argmax(draft[row:] < 0))
-            tokens[row + 1 : end + 1] = np.nan
-        alive = drawn[0] == draft[row]
-        if alive and vectors[0][begin] >= 0:
-            state[vectors[0][begin], draft[row]] += 1
+    begin = 0
+    for chain in case.chains:
+        for token in range(-1, chain.length):
+            row = begin + 1 + token
+            if token >= 0:
+                before = tokens[begin + 1 + chain.parent(token)]
+                if before != draft[begin + token]:
+                    tokens[row] = before if np.isnan(before) else -1  # NaN: it may be anything
+                    continue
+            state = seen.copy()
+            for earlier in chain.path(token) if state_row[row] >= 0 else ():
+                state[state_row[row], draft[begin + earlier]] += 1
+            pick = [v[row : row + 1] for v in vectors]
+            drawn, good = sampling_cases.expected(
+                one, (logits[row : row + 1], state, bias, *pick), {}
+            )
+            tokens[row], finite[row] = drawn[0], good[0]
+        begin += 1 + chain.length
     return tokens, finite
 
 

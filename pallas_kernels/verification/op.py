@@ -22,6 +22,7 @@ def verification(
     seed: Int[Array, "R 2"],
     step: Int[Array, " R"],
     draft: Int[Array, " R"],
+    draft_mask: Int[Array, " R"] | None = None,
     *,
     max_draft_len: int,
     implementation: str | None = None,
@@ -41,6 +42,10 @@ def verification(
         draft: the drafted token that the next row comes after; -1 if the next row is not of the
             same draft. So the rows of a draft of k tokens are neighbours, 1 + k of them, and the
             last one's draw is the bonus token. Penalties of each see the drafts before it.
+        draft_mask: for drafts that are trees, of at most 31 tokens: bit `i` says whether the token
+            `i` rows before is one that the row comes after, or (bit 0) the row's own. -1 for a row
+            that comes after all before it, as all do without this argument. Tokens that come after
+            the same one differ, and a draft's draws are kept along the path that they follow.
         max_draft_len: static bound on k; 0 if there are no drafts.
 
     Returns:
@@ -52,9 +57,12 @@ def verification(
     """
     if draft.shape != logits.shape[:1] or max_draft_len < 0:
         raise ValueError(f"{draft.shape=} and {max_draft_len=} do not fit {logits.shape=}")
+    if draft_mask is not None and (draft_mask.shape != draft.shape or max_draft_len > 31):
+        raise ValueError(f"{draft_mask.shape=}, {draft.shape=}, {max_draft_len=}")
     if max_draft_len:
         penalties = (repetition_penalty, frequency_penalty, presence_penalty)
-        logits = reference.anticipate(logits, seen, state_row, *penalties, draft, max_draft_len)
+        drafts = (draft, draft_mask, max_draft_len)
+        logits = reference.anticipate(logits, seen, state_row, *penalties, *drafts)
     tokens, finite = sampling_op.sampling(
         logits,
         seen,
@@ -71,7 +79,11 @@ def verification(
         step,
         implementation=implementation,
     )
-    return reference.accept(tokens, draft) if max_draft_len else tokens, finite
+    if not max_draft_len:
+        return tokens, finite
+    if draft_mask is None:
+        return reference.accept(tokens, draft), finite
+    return reference.accept_tree(tokens, draft, draft_mask, max_draft_len), finite
 
 
 def mosaic_gpu_unsupported(logits: Array, *_: Array, **__: object) -> str | None:

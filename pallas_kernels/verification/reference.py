@@ -2,6 +2,7 @@
 
 Rows of one sequence that verify a draft are neighbours: `draft[r] >= 0` says that row `r + 1` comes
 after the drafted token `draft[r]`. Such runs of rows are called chains; most are one row long.
+Where a draft is a tree, its rows are a chain whose rows do not come after all before them.
 """
 
 import jax.numpy as jnp
@@ -24,6 +25,29 @@ def accept(tokens: Array, draft: Array) -> Array:
     return jnp.where(before == before[chain_starts(draft)], tokens, -1)
 
 
+def drafts_before(draft: Array, draft_mask: Array, max_draft_len: int) -> Array:
+    """Return whether each row comes after the token `i` rows before, `[R, max_draft_len]`.
+
+    Its own token (`i` = 0) among them; not the one before the draft.
+    """
+    back = jnp.arange(max_draft_len)
+    drafted = jnp.arange(len(draft))[:, None] - back > chain_starts(draft)[:, None]
+    return drafted & (((draft_mask[:, None] >> back) & 1) > 0)
+
+
+def accept_tree(tokens: Array, draft: Array, draft_mask: Array, max_draft_len: int) -> Array:
+    """Return the tokens drawn, -1 for those that come after one that was not drawn."""
+    rows = jnp.arange(len(draft))
+    before = drafts_before(draft, draft_mask, max_draft_len)
+    # The parent is the nearest of them, or the token before the draft, with which the chain starts.
+    others = before.at[:, 0].set(False)
+    nearest = rows - jnp.argmax(others, axis=1)
+    parent = jnp.where(others.any(axis=1), nearest, chain_starts(draft))
+    wrong = tokens[parent] != draft[rows - 1]
+    back = jnp.maximum(rows[:, None] - jnp.arange(max_draft_len), 0)
+    return jnp.where((before & wrong[back]).any(axis=1), -1, tokens)
+
+
 def anticipate(
     logits: Array,
     seen: Array,
@@ -32,6 +56,7 @@ def anticipate(
     frequency_penalty: Array,
     presence_penalty: Array,
     draft: Array,
+    draft_mask: Array | None,
     max_draft_len: int,
 ) -> Array:
     """Change logits so that penalties by `seen` give what they give when the drafts count, too.
@@ -41,7 +66,10 @@ def anticipate(
     """
     rows = jnp.arange(len(draft))[:, None]
     earlier = rows - 1 - jnp.arange(max_draft_len)
-    known = earlier >= chain_starts(draft)[:, None]
+    if draft_mask is None:
+        known = earlier >= chain_starts(draft)[:, None]
+    else:
+        known = drafts_before(draft, draft_mask, max_draft_len)
     tokens = jnp.where(known, draft[jnp.maximum(earlier, 0)], -1)
     times = (tokens[:, :, None] == tokens[:, None, :]).sum(axis=-1)
     each = jnp.maximum(tokens, 0)
