@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,9 @@ class ScheduledRequest:
         samples: the last known token is among them, so that a new one is drawn.
         num_drafted: the last so many are drafted, to be verified.
         num_accepted: how many of those turned out to be right.
+        parents: of each drafted token the index of the one that it follows, -1 for the last known
+            token; empty if each follows the one before it.
+        accepted: of a draft with `parents` the indices of the tokens that turned out to be right.
     """
 
     request: Request
@@ -40,6 +44,8 @@ class ScheduledRequest:
     samples: bool
     num_drafted: int = 0
     num_accepted: int = 0
+    parents: Sequence[int] = ()
+    accepted: Sequence[int] = ()
 
     @staticmethod
     def plan(request: Request, start: int, max_tokens: int, max_rows: int) -> ScheduledRequest:
@@ -60,7 +66,13 @@ class ScheduledRequest:
         if request.draft and samples:
             drafted = min(len(request.draft), start + max_tokens - end, max_rows)
         return ScheduledRequest(
-            request, start, end - start + drafted, samples + drafted, samples, drafted
+            request,
+            start,
+            end - start + drafted,
+            samples + drafted,
+            samples,
+            drafted,
+            parents=request.draft_parents[:drafted],
         )
 
     def without_draft(self) -> ScheduledRequest:
@@ -82,6 +94,15 @@ class ScheduledRequest:
     def end(self) -> int:
         """Tokens in the cache after the step, drafted ones included."""
         return self.start + self.num_tokens
+
+    @property
+    def moves(self) -> list[tuple[int, int]]:
+        """Which tokens in the cache must move, and where to, for the accepted ones to be a path.
+
+        Ascending, and each to where it is or before it.
+        """
+        first = self.end - self.num_drafted
+        return [(first + a, first + i) for i, a in enumerate(self.accepted) if a != i]
 
 
 @dataclass(frozen=True)
@@ -121,12 +142,14 @@ class Bucket:
         num_seqs: S, sequences.
         max_query_len: most tokens of one sequence; 1 for a decode step, where T == S == R. Only
             where R > S there may be drafts.
+        has_trees: whether drafts may be trees.
     """
 
     num_tokens: int
     num_rows: int
     num_seqs: int
     max_query_len: int
+    has_trees: bool = False
 
     def fits(self, batch: ScheduledBatch) -> bool:
         """Whether the batch can be padded to this shape."""
@@ -160,6 +183,7 @@ def bucket_ladder(
     max_extra_rows: int,
     multiple: int,
     max_draft_len: int = 0,
+    drafts_trees: bool = False,
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
@@ -174,6 +198,7 @@ def bucket_ladder(
             sequence; 0 for an engine that has neither.
         multiple: token counts are multiples of this (devices that share the tokens).
         max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
+        drafts_trees: whether drafts may be trees.
     """
 
     def up(n: int) -> int:
@@ -195,6 +220,8 @@ def bucket_ladder(
         most = min(max_num_seqs + max_extra_rows, max_num_batched_tokens)
         verifying = {up(n) for n in _rungs(2, most, 64)}
         ladder |= {Bucket(n, n, min(n - 1, seqs), 1 + max_draft_len) for n in verifying if n > 1}
+    if drafts_trees:
+        ladder = {replace(b, has_trees=b.num_rows > b.num_seqs) for b in ladder}
     return tuple(sorted(ladder))
 
 
@@ -226,6 +253,7 @@ def _rungs(lowest: int, highest: int, between: int) -> list[int]:
         "row_target",
         "row_step",
         "row_draft",
+        "draft_mask",
         "state_row",
         "temperature",
         "top_k",
@@ -257,6 +285,9 @@ class ForwardBatch:
             Padding has target 0, so that its draws count for nobody.
         row_step: `[R]` how many tokens were drawn before: with `seed` it makes the random key.
         row_draft: `[R]` the drafted token that the next row comes after; -1 for none.
+        draft_mask: `[T]` which tokens before it a token sees, see `paged_attention`; `None` where
+            there are no drafts that are trees. Their tokens lie in the cache one after the other,
+            as if they were a path, but have the positions that they would have in the answer.
         state_row: `[S]` row of the sampler's state, or -1 if logits are not adjusted.
         temperature: `[S]`, and so on for the other sampling parameters.
         seed: `[S, 2]` words of a 64-bit seed.
@@ -276,6 +307,7 @@ class ForwardBatch:
     row_target: Array
     row_step: Array
     row_draft: Array
+    draft_mask: Array | None
     state_row: Array
     temperature: Array
     top_k: Array
@@ -312,6 +344,8 @@ def _shapes(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
     for f in fields(ForwardBatch):
         if f.name in ("token_ids", "token_source", "positions", "slot_mapping"):
             shapes[f.name] = (T,)
+        elif f.name == "draft_mask":
+            shapes |= {f.name: (T,)} if bucket.has_trees else {}
         elif f.name == "logit_rows" or f.name.startswith("row_"):
             shapes[f.name] = (R,)
         elif f.name != "max_query_len":
@@ -347,7 +381,7 @@ def host_views(
 
 def unpack(packed: Array, bucket: Bucket, max_blocks: int) -> ForwardBatch:
     """Rebuild the batch inside the program."""
-    values = {}
+    values: dict[str, Any] = {} if bucket.has_trees else {"draft_mask": None}
     for name, (start, shape) in _layout(bucket, max_blocks)[0].items():
         value = packed[start : start + math.prod(shape)].reshape(shape)
         values[name] = lax.bitcast_convert_type(value, jnp.float32) if name in _FLOATS else value
@@ -363,12 +397,18 @@ def narrow(x: Array, batch: ForwardBatch) -> tuple[Array, ForwardBatch]:
     real = batch.logit_rows >= 0
     rows = jnp.maximum(batch.logit_rows, 0)
     positions = batch.positions[rows]
+    seq_lens, draft_mask = positions + 1, batch.draft_mask
+    if draft_mask is not None:  # tokens of trees have more before them than their positions say
+        seq = batch.row_seq
+        seq_lens = batch.seq_lens[seq] - (batch.query_start_loc[seq + 1] - 1 - rows)
+        draft_mask = draft_mask[rows]
     return x[rows], replace(
         batch,
         positions=positions,
+        draft_mask=draft_mask,
         slot_mapping=jnp.full_like(rows, -1),
         query_start_loc=jnp.minimum(jnp.arange(len(rows) + 1), real.sum()),
-        seq_lens=jnp.where(real, positions + 1, 0),
+        seq_lens=jnp.where(real, seq_lens, 0),
         block_tables=batch.block_tables[batch.row_seq],
         max_query_len=1,
     )

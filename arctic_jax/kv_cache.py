@@ -24,6 +24,22 @@ class KVCache:
     k: tuple[Array, ...]
     v: tuple[Array, ...]
 
+    def moved(self, slots: Array) -> KVCache:
+        """Copy tokens from slot to slot, `slots [2, N]`, all read before any is written.
+
+        -1 as the slot to write stands for no copy.
+        """
+        block_size = self.k[0].shape[2]
+        source, target = slots
+        target = jnp.where(target < 0, self.k[0].shape[0] * block_size, target)  # is dropped
+
+        def move(layer: Array) -> Array:
+            tokens = layer[source // block_size, :, source % block_size]
+            places = layer.at[target // block_size, :, target % block_size]
+            return places.set(tokens, mode="drop")
+
+        return KVCache(k=tuple(map(move, self.k)), v=tuple(map(move, self.v)))
+
 
 @dataclass(frozen=True)
 class KVCacheSpec:

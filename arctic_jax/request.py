@@ -321,6 +321,8 @@ class Request:
     num_cached_tokens: int = 0
     num_pending: int = 0
     draft: Sequence[int] = ()
+    draft_parents: Sequence[int] = ()
+    """Of a draft that is a tree, see `spec_decode.draft_tree`; empty for a path."""
     num_published_blocks: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -364,7 +366,7 @@ class Request:
         self.token_ids.extend(self.draft[:num_drafted])
         self.token_ids.append(0)
         self.num_pending += num_drafted + 1
-        self.draft = ()
+        self.draft = self.draft_parents = ()
 
     def take_token(self, token: int) -> None:
         """Put a drawn token in the place of the first placeholder."""

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("suffix", "ngram", "arctic", "mlp_speculator")
 MAX_DRAFT_LEN = 128
+MAX_TREE_LEN = 31
+"""Most tokens of a draft that is a tree: what a token sees of it is a word of bits."""
 _DEFAULT_DRAFT_LEN = {"suffix": 16, "ngram": 4}
 _WITH_SPECULATOR = ("arctic", "mlp_speculator")
 # vLLM's names for what Arctic named first.
@@ -25,6 +27,7 @@ _ALIASES = {
     "suffix_decoding_max_cached_requests": "suffix_cache_max_requests",
     "suffix_decoding_max_spec_factor": "suffix_max_spec_factor",
     "suffix_decoding_min_token_prob": "suffix_min_token_prob",
+    "use_tree_spec": "suffix_use_tree_spec",  # the name in `SuffixDecodingCache.speculate`
 }
 
 
@@ -53,6 +56,8 @@ class SpeculativeConfig:
         suffix_max_spec_factor: most drafted tokens for each token matched ...
         suffix_max_spec_offset: ... and beside those.
         suffix_min_token_prob: tokens less probable are not drafted.
+        suffix_use_tree_spec: draft trees of the likeliest tokens, of at most `MAX_TREE_LEN`, not
+            the likeliest path.
         prompt_lookup_max: longest sequence of tokens that `ngram` looks for, by default 5.
         prompt_lookup_min: shortest one, by default the longest.
     """
@@ -71,6 +76,7 @@ class SpeculativeConfig:
     suffix_max_spec_factor: float = 1.0
     suffix_max_spec_offset: float = 0.0
     suffix_min_token_prob: float = 0.1
+    suffix_use_tree_spec: bool = False
     prompt_lookup_max: int | None = None
     prompt_lookup_min: int | None = None
 
@@ -96,7 +102,7 @@ class SpeculativeConfig:
         for name in ("model", "revision"):
             if not isinstance(getattr(self, name), str | None):
                 _refuse(name, getattr(self, name), "must be a name")
-        for name in ("enable_suffix_decoding", "adaptive"):
+        for name in ("enable_suffix_decoding", "adaptive", "suffix_use_tree_spec"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "must be true or false")
         self._check_integer("num_speculative_tokens", 1, MAX_DRAFT_LEN)
@@ -111,6 +117,7 @@ class SpeculativeConfig:
             value = getattr(self, name)
             if isinstance(value, bool | str) or value is None or not math.isfinite(value):
                 _refuse(name, value, "must be a finite number")
+        self._check_trees()
         shortest, longest = self.lookup_lengths
         if shortest > longest:
             _refuse("prompt_lookup_min", shortest, f"must be at most prompt_lookup_max={longest}")
@@ -185,13 +192,24 @@ class SpeculativeConfig:
 
     @property
     def _longest_beside_speculator(self) -> int:
-        return self.suffix_speculative_tokens or min(self.suffix_cache_max_depth, MAX_DRAFT_LEN)
+        most = MAX_TREE_LEN if self.suffix_use_tree_spec else MAX_DRAFT_LEN
+        return self.suffix_speculative_tokens or min(self.suffix_cache_max_depth, most)
 
     @property
     def lookup_lengths(self) -> tuple[int, int]:
         """The shortest and the longest sequence of tokens that `ngram` looks for."""
         longest = self.prompt_lookup_max or self.prompt_lookup_min or 5
         return self.prompt_lookup_min or longest, longest
+
+    def _check_trees(self) -> None:
+        if not self.suffix_use_tree_spec:
+            return
+        if self.kind != "suffix" and not self.is_hybrid:
+            _refuse("suffix_use_tree_spec", True, "must be false without suffix decoding")
+        for name in ("num_speculative_tokens", "suffix_speculative_tokens"):
+            if (getattr(self, name) or 0) > MAX_TREE_LEN:
+                most = f"must be at most {MAX_TREE_LEN} with suffix_use_tree_spec"
+                _refuse(name, getattr(self, name), most)
 
     def _check_integer(self, name: str, least: int, most: int | None = None) -> None:
         value = getattr(self, name)

@@ -204,6 +204,7 @@ class PagedAttention(nnx.Module):
             batch.block_tables,
             batch.query_start_loc,
             batch.seq_lens,
+            batch.draft_mask,
             max_query_len=batch.max_query_len,
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,

@@ -17,6 +17,9 @@ from arctic_jax.speculative_config import SpeculativeConfig
 
 K = 3
 CONFIG = SpeculativeConfig("ngram", num_speculative_tokens=K, adaptive=False)
+TREE_CONFIG = dataclasses.replace(
+    CONFIG, method="suffix", num_speculative_tokens=7, suffix_use_tree_spec=True
+)
 
 
 class Replay(HostProposer):
@@ -28,10 +31,12 @@ class Replay(HostProposer):
         seed: of the wrong ones, and of the lengths of drafts.
     """
 
+    CONFIG = CONFIG
+
     def __init__(
         self, answers: Callable[[Request], Sequence[int]], rate: float, seed: int = 0
     ) -> None:
-        super().__init__(CONFIG)
+        super().__init__(self.CONFIG)
         self.answers, self.rate = answers, rate
         self.rng = np.random.default_rng(seed)
 
@@ -56,6 +61,53 @@ class Replay(HostProposer):
         wrong = self.rng.integers(0, 97, len(tokens))
         tokens = [t if ok else int(w) for t, ok, w in zip(tokens, right, wrong, strict=True)]
         return Draft(tokens, [1.0] * len(tokens))
+
+
+class ReplayTree(Replay):
+    """The same with trees of any form, where the right tokens may be in any branch."""
+
+    CONFIG = TREE_CONFIG
+
+    def draft(self, request: Request, limit: int) -> Draft:
+        begin, rng = len(request.output_token_ids), self.rng
+        answer = [int(t) for t in self.answers(request)[begin : begin + limit]]
+        tokens: list[int] = []
+        parents: list[int] = []
+        probs: list[float] = []
+        right = [-1]  # the tokens of the answer that are in the tree, from the one before it on
+        for i in range(len(answer) if self.rate == 1 else rng.integers(0, len(answer) + 1)):
+            goes_on = len(right) <= len(answer) and rng.random() < 0.6
+            parent = right[-1] if goes_on else int(rng.integers(-1, i))
+            others = [t for t, p in zip(tokens, parents, strict=True) if p == parent]
+            token = int(rng.integers(0, 97))
+            if goes_on and rng.random() < self.rate:
+                token = answer[len(right) - 1]
+            while token in others:
+                token = (token + 1) % 97
+            if (
+                parent == right[-1]
+                and len(right) <= len(answer)
+                and token == answer[len(right) - 1]
+            ):
+                right.append(i)
+            tokens.append(token)
+            parents.append(parent)
+            probs.append(rng.random() * (probs[parent] if parent >= 0 else 1.0))
+        return Draft.of_tree(tokens, parents, probs, sum(probs))
+
+
+class SideBranch(Replay):
+    """Drafts wrong tokens as the likeliest path, and the right ones beside it."""
+
+    CONFIG = TREE_CONFIG
+
+    def draft(self, request: Request, limit: int) -> Draft:
+        begin = len(request.output_token_ids)
+        right = [int(t) for t in self.answers(request)[begin : begin + (limit + 1) // 2]]
+        wrong = [(t + 1) % 97 for t in right[: limit // 2]]
+        parents = [-1, *range(len(wrong) - 1), -1, *range(len(wrong), len(wrong) + len(right) - 1)]
+        probs = [0.9] * len(wrong) + [0.8] * len(right)
+        return Draft.of_tree(wrong + right, parents[-len(probs) :], probs, 1.0)
 
 
 def greedy(max_tokens: int | None, **more: Any) -> SamplingParams:
@@ -86,8 +138,10 @@ def generate(
     return [done[str(i)] for i in range(len(requests))]
 
 
-def replay(plain: Sequence[CompletionOutput], rate: float, seed: int = 0) -> Replay:
-    return Replay(lambda request: plain[int(request.request_id)].token_ids, rate, seed)
+def replay(
+    plain: Sequence[CompletionOutput], rate: float, seed: int = 0, kind: type[Replay] = Replay
+) -> Replay:
+    return kind(lambda request: plain[int(request.request_id)].token_ids, rate, seed)
 
 
 def assert_equal(actual: CompletionOutput, plain: CompletionOutput) -> None:

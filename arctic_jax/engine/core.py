@@ -176,6 +176,10 @@ class EngineCore:
         for request, status in self.outputs.accept(step.scheduled, output, self._group_of):
             changed[self._group_of[request]] = None
             self._finish(request, status)
+        # Those that were preempted since have lost what would be moved.
+        self.runner.keep_accepted(
+            part for part in live if part.request.status is RequestStatus.RUNNING
+        )
         self.proposer.propose(step.scheduled, output)
         return [self._output(group) for group in changed if group.reports]
 

@@ -119,6 +119,8 @@ class OutputProcessor:
                 break
         if part.num_drafted:
             part.num_accepted = len(request.output_token_ids) - known - 1
+            if part.parents:  # the rows of drafted tokens come after that of the last known one
+                part.accepted = [row - rows[0] - 1 for row in rows[1 : 1 + part.num_accepted]]
             request.num_drafted_tokens += part.num_drafted
             request.num_accepted_tokens += part.num_accepted
             request.drop_pending()

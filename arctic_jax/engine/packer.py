@@ -14,6 +14,7 @@ import numpy as np
 
 from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest, host_views, packed_size
 from arctic_jax.request import Request
+from arctic_jax.spec_decode import draft_tree
 
 
 class StepPacker:
@@ -63,7 +64,7 @@ class StepPacker:
         seqs, seq_ends, row_ends = np.arange(n), np.cumsum(lengths), np.cumsum(rows)
         T, R = seq_ends[-1], row_ends[-1]
         seq = np.repeat(seqs, lengths)
-        positions = np.arange(T) + (starts - seq_ends + lengths)[seq]
+        places = np.arange(T) + (starts - seq_ends + lengths)[seq]  # in the cache
 
         packed = np.zeros(packed_size(bucket, self.max_blocks), np.int32)
         views = host_views(packed, bucket, self.max_blocks)
@@ -72,10 +73,10 @@ class StepPacker:
         for part, end in zip(parts, seq_ends.tolist(), strict=True):
             if part.request.num_pending > part.num_draws:  # the step before draws the last one
                 views["token_source"][end - 1] = self._row_of[part.request]
-        views["positions"][:T] = positions
+        views["positions"][:T] = places
         views["slot_mapping"][T:] = -1
-        blocks = self._block_tables[slots[seq], positions // size]
-        views["slot_mapping"][:T] = blocks * size + positions % size
+        blocks = self._block_tables[slots[seq], places // size]
+        views["slot_mapping"][:T] = blocks * size + places % size
         views["query_start_loc"][1 : n + 1] = seq_ends
         views["query_start_loc"][n + 1 :] = T
         views["seq_lens"][:n] = starts + lengths
@@ -96,6 +97,11 @@ class StepPacker:
                 name = "row_draft" if part.num_drafted else "row_target"
                 rows_before_last = slice(end - part.num_rows, end - part.samples)
                 views[name][rows_before_last] = after[: part.num_extra_rows]
+        if bucket.has_trees:
+            views["draft_mask"][:] = -1
+            for part, token_end, row_end in zip(parts, seq_ends, row_ends, strict=True):
+                if part.parents:
+                    _place_tree(part, token_end, row_end, views)
         for name, values in self._sampling.items():
             views[name][:n] = values[slots]
         views["state_row"][n:] = -1
@@ -133,6 +139,19 @@ class StepPacker:
             "repetition_penalty": params.repetition_penalty,
             "seed": np.array([request.seed], np.int64).view(np.int32),
         }
+
+
+def _place_tree(
+    part: ScheduledRequest, token_end: int, row_end: int, views: dict[str, np.ndarray]
+) -> None:
+    """Say of drafted tokens where they come in the answer, and what they come after."""
+    tokens = slice(token_end - part.num_drafted, token_end)
+    rows = slice(row_end - part.num_drafted, row_end)
+    depths = np.array(draft_tree.depths(part.parents))
+    ahead = np.arange(1, 1 + part.num_drafted) - depths
+    views["positions"][tokens] -= ahead
+    views["row_step"][rows] -= ahead
+    views["draft_mask"][tokens] = draft_tree.draft_masks(part.parents)
 
 
 def _token_ids(parts: Sequence[ScheduledRequest]) -> list[int]:

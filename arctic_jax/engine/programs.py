@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from arctic_jax.engine import sampler
 from arctic_jax.engine.lowering import LoweringPool
 from arctic_jax.engine.program_store import ProgramStore
 from arctic_jax.engine.sampler import SamplerState
-from arctic_jax.engine.step_program import Leaves, Step, StepProgram
+from arctic_jax.engine.step_program import MOVES_A_CALL, Leaves, Step, StepProgram
 from arctic_jax.kv_cache import KVCache
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.shift_parallel import MeshLayout
@@ -65,6 +65,7 @@ class ProgramCache:
             (program, mesh.shape, dispatch.interpreter()),
         )
         self._set_row = self._set_row_program()
+        self._move: Compiled | None = None
         self._copy = self._copy_program()
 
     def compile(
@@ -106,6 +107,8 @@ class ProgramCache:
             seconds, count = time.perf_counter() - start, len(missing) - len(jobs)
             logger.info("%d programs loaded, %d compiled: %.1f s", count, len(jobs), seconds)
         self._compiled = found
+        if self._move is None and any(bucket.has_trees for _, bucket in steps):
+            self._move = self._move_program(num_blocks)
 
     def close(self) -> None:
         """End the processes that lower programs, until there is something to compile again."""
@@ -145,6 +148,19 @@ class ProgramCache:
     ) -> SamplerState:
         """Replace one request's row of the sampler state, which is donated."""
         return self._set_row(state, np.int32(row), seen, bias)
+
+    def move(self, cache: KVCache, slots: Sequence[tuple[int, int]]) -> KVCache:
+        """Copy tokens in the cache, which is donated, from slot to slot.
+
+        One after the other, so that a slot may be read only before it is written.
+        """
+        assert self._move is not None, "no step has drafts that are trees"
+        for begin in range(0, len(slots), MOVES_A_CALL):
+            padded = np.full((2, MOVES_A_CALL), -1, np.int32)
+            some = slots[begin : begin + MOVES_A_CALL]
+            padded[:, : len(some)] = np.transpose(some)
+            cache = self._move(cache, padded)
+        return cache
 
     def _pool_of_processes(self) -> LoweringPool | None:
         if self._pool is None and self._processes:
@@ -186,6 +202,15 @@ class ProgramCache:
         if self._on_gpu:
             sharding = sharding.with_memory_kind("pinned_host")
         return jax.jit(jnp.copy, out_shardings=sharding).lower(output).compile()
+
+    def _move_program(self, num_blocks: int) -> Compiled:
+        function, arguments = self._program.move(num_blocks, self._mesh)
+        key = ("move", num_blocks)
+        program = self._store.load(key, arguments, arguments[0])
+        if program is None:
+            program = function.lower(*arguments).compile()
+            self._store.save(key, program)
+        return program
 
     def _set_row_program(self) -> Compiled:
         state = self._program.state(self._mesh)

@@ -13,7 +13,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from arctic_jax.batch import (
     Bucket,
     HostOutput,
     ScheduledBatch,
+    ScheduledRequest,
     StepOutput,
     bucket_ladder,
     packed_size,
@@ -132,6 +133,7 @@ class ModelRunner:
                 self.max_extra_rows,
                 sp if layout.tokens else 1,
                 max_draft_len,
+                config.speculative.suffix_use_tree_spec,
             )
             for layout in self.layouts
         }
@@ -222,6 +224,23 @@ class ModelRunner:
         output.copy_to_host_async()
         tokens = bucket.num_tokens
         return LaunchedStep(scheduled, layout, tokens, launched, output, self._num_drafted)
+
+    def keep_accepted(self, parts: Iterable[ScheduledRequest]) -> None:
+        """Move the accepted tokens of trees to where those of a path would be.
+
+        Before the next step is launched, and while the requests still hold their blocks. What is
+        moved lies behind all that was known before, so no step that runs reads it.
+        """
+        size, slots = self.cache_spec.block_size, []
+        for part in parts:
+            blocks = part.request.block_ids
+            slots += [
+                tuple(blocks[place // size] * size + place % size for place in move)
+                for move in part.moves
+            ]
+        if slots:
+            with self._alone():
+                self.cache = self.programs.move(self.cache, slots)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""

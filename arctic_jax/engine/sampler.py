@@ -52,6 +52,11 @@ def set_row(state: SamplerState, row: Array, seen: Array, bias: Array) -> Sample
     return SamplerState(seen=state.seen.at[row].set(seen), bias=state.bias.at[row].set(bias))
 
 
+def _row_masks(batch: ForwardBatch) -> Array | None:
+    """Return which rows before it each row comes after, if drafts may be trees."""
+    return None if batch.draft_mask is None else batch.draft_mask[jnp.maximum(batch.logit_rows, 0)]
+
+
 def sample(
     logits: Array,
     batch: ForwardBatch,
@@ -84,6 +89,7 @@ def sample(
         batch.seed[seq],
         batch.row_step,
         batch.row_draft,
+        _row_masks(batch),
         max_draft_len=max_draft_len,
         implementation=implementation,
     )

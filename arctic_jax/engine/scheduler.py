@@ -177,7 +177,7 @@ class Scheduler:
         """Send a running request back to wait; it will compute all its tokens again."""
         self.running.remove(request)
         self._detach(request)
-        request.draft = ()
+        request.draft = request.draft_parents = ()
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         self._enqueue(self.waiting, request)

@@ -28,6 +28,8 @@ from arctic_jax.shift_parallel import MeshLayout
 
 Leaves = tuple[Array, ...]
 REPLICATED = PartitionSpec()
+MOVES_A_CALL = 32
+"""Tokens that a call of the program that moves them can move."""
 
 
 class Step(NamedTuple):
@@ -134,18 +136,16 @@ class StepProgram:
 
     def arguments(self, step: Step, mesh: Mesh) -> tuple[Any, ...]:
         """Return a step's abstract arguments; its results are like those that it donates."""
-        cache, dtype = self.cache, self.cache.dtype
         leaves = tuple(
-            _abstract(leaf.shape, dtype, mesh, partition)
+            _abstract(leaf.shape, self.cache.dtype, mesh, partition)
             for leaf, partition in zip(
                 jax.tree.leaves(self._modules()), self.partitions[step.layout], strict=True
             )
         )
-        shape = (step.num_blocks, cache.num_kv_heads, cache.block_size, cache.head_dim)
-        layers = (_abstract(shape, dtype, mesh, cache.partition),) * cache.num_layers
         shape = (packed_size(step.bucket, self.max_blocks_per_seq),)
         packed = _abstract(shape, jnp.int32, mesh)
-        return leaves, KVCache(layers, layers), self.state(mesh), self.output(mesh), packed
+        cache = self._cache(step.num_blocks, mesh)
+        return leaves, cache, self.state(mesh), self.output(mesh), packed
 
     def state(self, mesh: Mesh) -> SamplerState:
         """Return the abstract state of the sampler."""
@@ -159,6 +159,22 @@ class StepProgram:
         drafted = self.drafting.num_tokens if self.drafting else 0
         shape = (self.max_rows, StepOutput.width(self.max_logprobs, drafted))
         return _abstract(shape, jnp.int32, mesh)
+
+    def move(self, num_blocks: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+        """Return what moves tokens in the cache, which is donated, and its arguments."""
+        slots = _abstract((2, MOVES_A_CALL), jnp.int32, mesh)
+        partition = self.cache.partition
+        function = jax.shard_map(
+            KVCache.moved, mesh=mesh, in_specs=(partition, REPLICATED), out_specs=partition
+        )
+        arguments = (self._cache(num_blocks, mesh), slots)
+        return jax.jit(function, donate_argnums=0), arguments
+
+    def _cache(self, num_blocks: int, mesh: Mesh) -> KVCache:
+        cache = self.cache
+        shape = (num_blocks, cache.num_kv_heads, cache.block_size, cache.head_dim)
+        layers = (_abstract(shape, cache.dtype, mesh, cache.partition),) * cache.num_layers
+        return KVCache(layers, layers)
 
     def _modules(self) -> tuple[LlamaForCausalLM, Speculator | None]:
         """Return the modules without their parameters."""

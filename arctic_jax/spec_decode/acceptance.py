@@ -18,6 +18,7 @@ class Acceptance:
         max_length: most tokens of any draft.
         length: of the next draft at most; doubled after one that was right, shortened to what would
             have been right after another (the rule of Arctic Inference's asynchronous scheduler).
+            A tree was right if the accepted tokens end at a leaf.
         trust: accepted tokens for each one that the drafter expected, of late; 1 at first.
     """
 
@@ -28,9 +29,15 @@ class Acceptance:
     def __post_init__(self) -> None:
         self.length = self.max_length
 
-    def verified(self, drafted: int, expected: float, accepted: int) -> None:
-        """Learn from a draft of `drafted` tokens, of which `expected` should have been accepted."""
-        self.length = 2 * self.length if accepted == drafted else accepted + 1
+    def verified(
+        self, drafted: int, expected: float, accepted: int, needed: int | None = None
+    ) -> None:
+        """Learn from a draft of `drafted` tokens, of which `expected` should have been accepted.
+
+        `needed` of them had to be drafted for that; by default as many as were accepted.
+        """
+        needed = accepted if needed is None else needed
+        self.length = 2 * self.length if needed == drafted else needed + 1
         self.length = min(self.length, self.max_length)
         if expected > 0:
             self.trust += _NEW * (min(accepted / expected, 1.0) - self.trust)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from arctic_jax.request import Request, RequestStatus
+from arctic_jax.spec_decode import draft_tree
 from arctic_jax.spec_decode.acceptance import Acceptance
 from arctic_jax.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # it imports jax, which this package does without
-    from arctic_jax.batch import HostOutput, ScheduledBatch
+    from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,34 @@ class Draft:
         token_ids: the tokens.
         probs: how probable it is that each is accepted.
         score: their sum, as the drafter itself adds them up; 0 of one that does not.
+        parents: of a tree, see `draft_tree`; empty if each token follows the one before it. Tokens
+            that follow the same one differ.
     """
 
     token_ids: Sequence[int] = ()
     probs: Sequence[float] = ()
     score: float = 0.0
+    parents: Sequence[int] = ()
+
+    @staticmethod
+    def of_tree(
+        token_ids: Sequence[int], parents: Sequence[int], probs: Sequence[float], score: float
+    ) -> Draft:
+        """Make one of a tree whose tokens are in any order, parents before children."""
+        order = draft_tree.depth_first(parents, probs)
+        return Draft(
+            [token_ids[i] for i in order],
+            [probs[i] for i in order],
+            score,
+            draft_tree.reorder(parents, order),
+        )
+
+    def expected_after(self, num_tokens: int) -> float:
+        """Return how many tokens should be accepted beside the next so many."""
+        if not self.parents:
+            return sum(self.probs[num_tokens:])
+        depths = draft_tree.depths(self.parents)
+        return sum(p for p, depth in zip(self.probs, depths, strict=True) if depth > num_tokens)
 
 
 @dataclass
@@ -41,7 +65,8 @@ class SpeculationStats:
 
     Attributes:
         num_drafts: steps of a request that verified a draft.
-        drafted: `[max_draft_len]` tokens verified at each position of a draft.
+        drafted: `[max_draft_len]` tokens verified at each position of a draft. Of one that is a
+            tree there can be several for the same place in the answer.
         accepted: `[max_draft_len]` those of them that were right, with all before them.
     """
 
@@ -54,10 +79,13 @@ class SpeculationStats:
         """Make those of an engine that has not drafted yet."""
         return SpeculationStats(0, np.zeros(max_draft_len, int), np.zeros(max_draft_len, int))
 
-    def add(self, num_drafted: int, num_accepted: int) -> None:
+    def add(self, num_drafted: int, num_accepted: int, parents: Sequence[int] = ()) -> None:
         """Count one draft."""
         self.num_drafts += 1
-        self.drafted[:num_drafted] += 1
+        if parents:
+            np.add.at(self.drafted, np.array(draft_tree.depths(parents)) - 1, 1)
+        else:
+            self.drafted[:num_drafted] += 1
         self.accepted[:num_accepted] += 1
 
 
@@ -133,9 +161,9 @@ class HostProposer:
         """See `Proposer`."""
         for part in scheduled.requests:
             if part.num_drafted:
-                self.stats.add(part.num_drafted, part.num_accepted)
+                self.stats.add(part.num_drafted, part.num_accepted, part.parents)
                 if part.request in self._progress:
-                    self._learn(part.request, part.num_drafted, part.num_accepted)
+                    self._learn(part)
         going_on = [p.request for p in scheduled.requests if not p.request.status.finished]
         requests = [request for request in going_on if request.output_token_ids]
         self._observe(requests)
@@ -143,7 +171,7 @@ class HostProposer:
         limits = {request: self._limit(request) for request in self._within_cut_offs(running)}
         drafting = [request for request, limit in limits.items() if limit > 0]
         for request in running:
-            request.draft = ()
+            request.draft = request.draft_parents = ()
         drafts = self.drafts(drafting, [limits[request] for request in drafting])
         for request, draft in zip(drafting, drafts, strict=True):
             self._keep_if_worth(request, draft)
@@ -159,11 +187,14 @@ class HostProposer:
         hard = self.config.hard_disable_by_batch_size
         return hard is not None and len(self._progress) >= hard
 
-    def _learn(self, request: Request, num_drafted: int, num_accepted: int) -> None:
-        progress = self._progress[request]
+    def _learn(self, part: ScheduledRequest) -> None:
+        progress = self._progress[part.request]
         if self.config.adaptive:
-            expected = sum(progress.probs[:num_drafted])
-            progress.acceptance.verified(num_drafted, expected, num_accepted)
+            probs = progress.probs[: part.num_drafted]
+            needed = part.num_accepted
+            if part.parents:
+                needed = draft_tree.num_needed(part.parents, probs, part.accepted)
+            progress.acceptance.verified(part.num_drafted, sum(probs), part.num_accepted, needed)
 
     def _observe(self, requests: Sequence[Request]) -> None:
         new = {}
@@ -192,10 +223,11 @@ class HostProposer:
     def _keep_if_worth(self, request: Request, draft: Draft) -> None:
         progress = self._progress[request]
         # What is being drawn already comes without a draft.
-        gain = sum(draft.probs[request.num_pending :])
+        gain = draft.expected_after(request.num_pending)
         if not draft.token_ids or (self.config.adaptive and not progress.acceptance.allows(gain)):
             return
         request.draft, progress.probs = draft.token_ids, draft.probs
+        request.draft_parents = draft.parents
 
 
 def build_proposer(config: SpeculativeConfig) -> Proposer:

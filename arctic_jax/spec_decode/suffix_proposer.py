@@ -12,7 +12,9 @@ from arctic_jax.speculative_config import SpeculativeConfig
 
 
 class SuffixProposer(HostProposer):
-    """Suffix decoding (Oliaro et al. 2024, arXiv 2411.04975): paths from a `SuffixDecodingCache`.
+    """Suffix decoding (Oliaro et al. 2024, arXiv 2411.04975), with a `SuffixDecodingCache`.
+
+    Paths, or trees if the user wants them.
 
     Requests with different `cache_salt`s never see each other's responses.
     """
@@ -45,7 +47,10 @@ class SuffixProposer(HostProposer):
             self.config.suffix_max_spec_factor,
             self.config.suffix_max_spec_offset,
             self.config.suffix_min_token_prob,
+            self.config.suffix_use_tree_spec,
         )
+        if self.config.suffix_use_tree_spec:
+            return [Draft.of_tree(d.token_ids, d.parents, d.probs, d.score) for d in found]
         return [Draft(draft.token_ids, draft.probs, draft.score) for draft in found]
 
     def stop(self, request: Request) -> None:

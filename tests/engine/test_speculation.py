@@ -12,8 +12,11 @@ from speculation_cases import (
     BEGINNINGS,
     REQUESTS,
     SCHEDULES,
+    TREE_CONFIG,
     K,
     Replay,
+    ReplayTree,
+    SideBranch,
     assert_equal,
     generate,
     greedy,
@@ -28,13 +31,19 @@ from arctic_jax.speculative_config import SpeculativeConfig
 
 
 def speculative_engine(*arguments: Any, **options: Any) -> EngineCore:
-    config = {"method": "ngram", "num_speculative_tokens": K}
+    """One that verifies drafts of any form: paths, and trees."""
+    config = {
+        "method": "suffix",
+        "num_speculative_tokens": TREE_CONFIG.max_draft_len,
+        "suffix_use_tree_spec": True,
+    }
     return make_engine(*arguments, speculative_config=config, **options)
 
 
 @pytest.fixture(scope="module")
 def engine() -> EngineCore:
-    return speculative_engine()
+    """One that verifies paths."""
+    return make_engine(speculative_config={"method": "ngram", "num_speculative_tokens": K})
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +68,23 @@ def two_layouts() -> EngineCore:
 
 
 def check_any_schedule(
-    engine: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+    engine: EngineCore,
+    requests: list,
+    arrivals: list[int],
+    rate: float,
+    seed: int,
+    kind: type[Replay] = Replay,
 ) -> None:
     if not engine.runner.max_prompt_rows:  # SwiftKV
         requests = [(p, dataclasses.replace(s, prompt_logprobs=None)) for p, s in requests]
     plain = generate(engine, requests, arrivals=arrivals)
-    drafted = generate(engine, requests, replay(plain, rate, seed), arrivals)
+    drafted = generate(engine, requests, replay(plain, rate, seed, kind), arrivals)
     for actual, wanted in zip(drafted, plain, strict=True):
         assert_equal(actual, wanted)
 
 
 RATES = st.sampled_from([0.0, 0.5, 0.9, 1.0])
+KINDS = st.sampled_from([ReplayTree, SideBranch, Replay])
 
 
 @SCHEDULES
@@ -81,27 +96,42 @@ def test_any_schedule(
 
 
 @SCHEDULES
-@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99))
+@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99), KINDS)
 def test_any_schedule_under_preemption(
-    cramped_engine: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+    cramped_engine: EngineCore,
+    requests: list,
+    arrivals: list[int],
+    rate: float,
+    seed: int,
+    kind: type[Replay],
 ) -> None:
-    check_any_schedule(cramped_engine, requests, arrivals, rate, seed)
+    check_any_schedule(cramped_engine, requests, arrivals, rate, seed, kind)
 
 
 @SCHEDULES
-@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99))
+@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99), KINDS)
 def test_any_schedule_with_swiftkv(
-    swiftkv_engine: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+    swiftkv_engine: EngineCore,
+    requests: list,
+    arrivals: list[int],
+    rate: float,
+    seed: int,
+    kind: type[Replay],
 ) -> None:
-    check_any_schedule(swiftkv_engine, requests, arrivals, rate, seed)
+    check_any_schedule(swiftkv_engine, requests, arrivals, rate, seed, kind)
 
 
 @settings(SCHEDULES, max_examples=10)
-@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99))
+@given(REQUESTS, ARRIVALS, RATES, st.integers(0, 99), KINDS)
 def test_any_schedule_in_both_layouts(
-    two_layouts: EngineCore, requests: list, arrivals: list[int], rate: float, seed: int
+    two_layouts: EngineCore,
+    requests: list,
+    arrivals: list[int],
+    rate: float,
+    seed: int,
+    kind: type[Replay],
 ) -> None:
-    check_any_schedule(two_layouts, requests, arrivals, rate, seed)
+    check_any_schedule(two_layouts, requests, arrivals, rate, seed, kind)
 
 
 def test_right_drafts_take_fewer_steps(engine: EngineCore) -> None:
@@ -131,20 +161,67 @@ def test_wrong_drafts_are_counted_as_wrong(engine: EngineCore) -> None:
     assert wrong.stats.accepted.sum() == 0
 
 
+@pytest.fixture(params=[Replay, SideBranch], ids=["paths", "trees"])
+def kind(request: pytest.FixtureRequest) -> type[Replay]:
+    return request.param
+
+
+@pytest.fixture
+def verifier(kind: type[Replay], request: pytest.FixtureRequest) -> EngineCore:
+    """An engine for that kind of drafts."""
+    return request.getfixturevalue("engine" if kind is Replay else "cramped_engine")
+
+
 @pytest.mark.parametrize("length", [93, 94, 95, 92])
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_answers_end_at_the_context_length(engine: EngineCore, length: int, rate: float) -> None:
+def test_answers_end_at_the_context_length(
+    verifier: EngineCore, kind: type[Replay], length: int, rate: float
+) -> None:
     requests = [([3] * length, greedy(None))]
-    plain = generate(engine, requests)
+    plain = generate(verifier, requests)
     assert len(plain[0].token_ids) == 96 - length
-    assert_equal(generate(engine, requests, replay(plain, rate))[0], plain[0])
+    assert_equal(generate(verifier, requests, replay(plain, rate, kind=kind))[0], plain[0])
+
+
+def test_accepted_side_branches_are_moved_to_where_a_path_lies(cramped_engine: EngineCore) -> None:
+    requests = [(BEGINNINGS[0], greedy(29))]
+    plain = generate(cramped_engine, requests)
+    proposer = replay(plain, rate=1.0, kind=SideBranch)
+    assert_equal(generate(cramped_engine, requests, proposer)[0], plain[0])
+    # Of seven tokens four are right, the fourth to the seventh.
+    stats, full = proposer.stats, (29 - 2) // 5
+    assert stats.num_drafts == full + 1
+    assert stats.drafted[:4].tolist() == [2 * full + 2, 2 * full, 2 * full, full]
+    assert stats.accepted[:4].tolist() == [full + 1, full, full, full]
+
+
+def test_nothing_moves_where_the_likeliest_path_is_right(
+    cramped_engine: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [(BEGINNINGS[0], greedy(29))]
+    plain = generate(cramped_engine, requests)
+    moves = []
+    move = cramped_engine.runner.programs.move
+
+    def record(cache: Any, slots: Any) -> Any:
+        moves.extend(slots)
+        return move(cache, slots)
+
+    monkeypatch.setattr(cramped_engine.runner.programs, "move", record)
+    generate(cramped_engine, requests, replay(plain, rate=1.0))
+    assert not moves
+    generate(cramped_engine, requests, replay(plain, rate=1.0, kind=SideBranch))
+    assert moves
 
 
 @pytest.mark.parametrize("at", range(8))
-def test_an_end_inside_a_draft_ends_the_answer(engine: EngineCore, at: int) -> None:
-    prompt = BEGINNINGS[1]
+def test_an_end_inside_a_draft_ends_the_answer(
+    verifier: EngineCore, kind: type[Replay], at: int
+) -> None:
+    engine, prompt = verifier, BEGINNINGS[1]
     whole = generate(engine, [(prompt, greedy(12))])
     token = whole[0].token_ids[at]
+    beyond = replay(whole, 1.0, kind=kind)
     # The drafter goes on past every end.
     for params in (
         greedy(12, stop_token_ids=[token]),
@@ -153,18 +230,20 @@ def test_an_end_inside_a_draft_ends_the_answer(engine: EngineCore, at: int) -> N
         greedy(at + 1),
     ):
         plain = generate(engine, [(prompt, params)])
-        assert_equal(generate(engine, [(prompt, params)], replay(whole, 1.0))[0], plain[0])
-    stopped = generate(engine, [(prompt, greedy(12, stop_token_ids=[token]))], replay(whole, 1.0))
+        assert_equal(generate(engine, [(prompt, params)], beyond)[0], plain[0])
+    stopped = generate(engine, [(prompt, greedy(12, stop_token_ids=[token]))], beyond)
     first = whole[0].token_ids.index(token)
     assert stopped[0].token_ids == whole[0].token_ids[: first + 1]
 
 
-def test_blocks_with_rejected_tokens_are_not_found(engine: EngineCore) -> None:
-    prompt = BEGINNINGS[2]
+def test_blocks_with_rejected_tokens_are_not_found(
+    verifier: EngineCore, kind: type[Replay]
+) -> None:
+    engine, prompt = verifier, BEGINNINGS[2]
     plain = generate(engine, [(prompt, greedy(40))])
     tokens = plain[0].token_ids
     engine.reset_prefix_cache()
-    proposer = replay(plain, rate=0.5, seed=1)
+    proposer = replay(plain, rate=0.5, seed=1, kind=kind)
     generate(engine, [(prompt, greedy(20))], proposer)
     assert 0 < proposer.stats.accepted.sum() < proposer.stats.drafted.sum()
     engine.proposer = NoProposer()
@@ -215,13 +294,26 @@ def test_a_mesh_of_nothing_but_right_drafts(two_layouts: EngineCore) -> None:
     assert proposer.stats.accepted.sum() == proposer.stats.drafted.sum() > 30
 
 
-@pytest.mark.parametrize("method", ["suffix", "ngram"])
-def test_real_drafters_change_no_answer(engine: EngineCore, method: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("engine", SpeculativeConfig("suffix", num_speculative_tokens=K)),
+        (
+            "engine",
+            SpeculativeConfig(
+                "ngram", num_speculative_tokens=K, prompt_lookup_min=1, prompt_lookup_max=3
+            ),
+        ),
+        ("cramped_engine", dataclasses.replace(TREE_CONFIG, suffix_max_spec_offset=5.0)),
+    ],
+    ids=["suffix", "ngram", "suffix_trees"],
+)
+def test_real_drafters_change_no_answer(
+    name: str, config: SpeculativeConfig, request: pytest.FixtureRequest
+) -> None:
     from arctic_jax.spec_decode.proposer import build_proposer
 
-    config = SpeculativeConfig(
-        method, num_speculative_tokens=K, prompt_lookup_min=1, prompt_lookup_max=3
-    )
+    engine = request.getfixturevalue(name)
     requests = [(BEGINNINGS[i % 3][: 3 + i] * 2, greedy(30)) for i in range(6)]
     plain = generate(engine, requests)
     proposer = build_proposer(config)
@@ -232,7 +324,7 @@ def test_real_drafters_change_no_answer(engine: EngineCore, method: str) -> None
     assert [a.token_ids for a in again] == [p.token_ids for p in plain]
 
 
-def test_nothing_is_compiled_after_ready(engine: EngineCore) -> None:
+def test_nothing_is_compiled_after_ready(verifier: EngineCore, kind: type[Replay]) -> None:
     events: list[str] = []
     listening = [True]
 
@@ -242,6 +334,6 @@ def test_nothing_is_compiled_after_ready(engine: EngineCore) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     requests = [([i] * (2 + 5 * i), greedy(9, logprobs=i)) for i in range(6)]
-    generate(engine, requests, replay(generate(engine, requests), 0.8))
+    generate(verifier, requests, replay(generate(verifier, requests), 0.8, kind=kind))
     listening.clear()
     assert events == []
