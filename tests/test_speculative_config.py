@@ -64,6 +64,7 @@ ARCTIC = {"method": "arctic", "model": "m", "num_speculative_tokens": 3}
     [
         (ARCTIC, 3),
         (ARCTIC | {"method": "mlp_speculator"}, 3),
+        (ARCTIC | {"method": "draft_model"}, 3),
         (ARCTIC | {"enable_suffix_decoding": True}, 64),
         (ARCTIC | {"enable_suffix_decoding": True, "suffix_cache_max_depth": 500}, 128),
         (ARCTIC | {"enable_suffix_decoding": True, "suffix_speculative_tokens": 7}, 7),
@@ -73,13 +74,13 @@ ARCTIC = {"method": "arctic", "model": "m", "num_speculative_tokens": 3}
 def test_longest_drafts_with_a_speculator(given: dict, longest: int) -> None:
     config = SpeculativeConfig.from_user(given)
     assert config.max_draft_len == longest
-    assert config.num_drafted_by_speculator == 3
-    assert config.uses_speculator
+    assert config.num_drafted_on_device == 3
+    assert config.drafts_on_device
 
 
 def test_how_much_a_speculator_drafts_may_be_left_to_it() -> None:
     config = of(method="arctic", model="m", disable_by_batch_size=8)
-    assert (config.kind, config.num_drafted_by_speculator) == ("arctic", 0)
+    assert (config.kind, config.num_drafted_on_device) == ("arctic", 0)
 
 
 def test_ngram_lengths_default_to_each_other() -> None:
@@ -94,6 +95,7 @@ def test_ngram_lengths_default_to_each_other() -> None:
     [
         ({"method": "eagle", "model": "x"}, "'eagle' is not supported; supported: suffix, ngram"),
         ({"method": "arctic"}, "method 'arctic' needs a speculator, give its model"),
+        ({"method": "draft_model"}, "method 'draft_model' needs a draft model, give its model"),
         ({"method": "arctic", "model": 3}, "model must be a name, got 3"),
         ({}, "names no method; supported: suffix, ngram"),
         ({"method": "suffix", "sufix": 1}, r"unknown key\(s\) sufix"),
