@@ -8,7 +8,9 @@ A layer's keys and values are `[blocks, kv_heads, block_size, head_dim]`: one co
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,32 +42,75 @@ class KVCache:
 
         return KVCache(k=tuple(map(move, self.k)), v=tuple(map(move, self.v)))
 
+    def split(self, num_layers: int) -> tuple[KVCache, KVCache]:
+        """Return the first layers, and the others."""
+        first, rest = slice(num_layers), slice(num_layers, None)
+        return KVCache(self.k[first], self.v[first]), KVCache(self.k[rest], self.v[rest])
+
+    def __add__(self, other: KVCache) -> KVCache:
+        """Return the layers of both."""
+        return KVCache(self.k + other.k, self.v + other.v)
+
 
 @dataclass(frozen=True)
-class KVCacheSpec:
-    """Shape of the cache; `num_kv_heads` counts the copies made where heads are fewer than devices.
+class LayerCacheSpec:
+    """Shape of a layer's cache.
 
     Attributes:
+        num_kv_heads: with the copies made where heads are fewer than devices.
+        head_dim: of a key.
         partition: how `[blocks, kv_heads, block_size, head_dim]` lies on the mesh.
     """
 
-    num_layers: int
     num_kv_heads: int
     head_dim: int
+    partition: PartitionSpec
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    """Shape of a cache."""
+
+    layers: tuple[LayerCacheSpec, ...]
     block_size: int
     dtype: jnp.dtype
-    partition: PartitionSpec
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one block over all layers, keys and values, all devices."""
-        elements = self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim
-        return elements * jnp.dtype(self.dtype).itemsize
+        """Bytes of one block over all layers, keys and values, each head counted once."""
+        numbers = sum(layer.num_kv_heads * layer.head_dim for layer in self.layers)
+        return 2 * numbers * self.block_size * jnp.dtype(self.dtype).itemsize
+
+    def bytes_per_device(self, mesh: Mesh) -> int:
+        """Bytes that a block takes on each device."""
+        numbers = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves(self.shapes(1, mesh))
+        )
+        return numbers * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def partitions(self) -> KVCache:
+        """How it lies on the mesh, a `PartitionSpec` in the place of each array."""
+        found: Any = tuple(layer.partition for layer in self.layers)
+        return KVCache(found, found)
+
+    def shapes(self, num_blocks: int, mesh: Mesh) -> KVCache:
+        """Return a cache of `num_blocks` blocks on `mesh` without its contents."""
+        layers: Any = tuple(
+            jax.ShapeDtypeStruct(
+                (num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim),
+                self.dtype,
+                sharding=NamedSharding(mesh, layer.partition),
+            )
+            for layer in self.layers
+        )
+        return KVCache(layers, layers)
 
     def allocate(self, num_blocks: int, mesh: Mesh) -> KVCache:
         """Make a zeroed cache of `num_blocks` blocks on `mesh`."""
-        shape = (num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        sharding = NamedSharding(mesh, self.partition)
-        zeros = jax.jit(lambda: jnp.zeros(shape, self.dtype), out_shardings=sharding)
-        layers = range(self.num_layers)
-        return KVCache(k=tuple(zeros() for _ in layers), v=tuple(zeros() for _ in layers))
+        return jax.tree.map(_zeros, self.shapes(num_blocks, mesh))
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> Array:
+    return jnp.zeros(like.shape, like.dtype, device=like.sharding)

@@ -137,5 +137,9 @@ def shift(tp: int, sp: int) -> MeshLayout:
     return MeshLayout("shift", (), _real(tp=tp, sp=sp), _real(tp=tp, sp=sp))
 
 
+ALONE = MeshLayout("alone", (), (), ())
+"""Every device computes everything: for one device, and for what is too small to be split."""
+
+
 def _real(**sizes: int) -> Axes:
     return tuple(axis for axis, size in sizes.items() if size > 1)

@@ -15,12 +15,12 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("suffix", "ngram", "arctic", "mlp_speculator")
+METHODS = ("suffix", "ngram", "arctic", "mlp_speculator", "draft_model")
 MAX_DRAFT_LEN = 128
 MAX_TREE_LEN = 31
 """Most tokens of a draft that is a tree: what a token sees of it is a word of bits."""
 _DEFAULT_DRAFT_LEN = {"suffix": 16, "ngram": 4}
-_WITH_SPECULATOR = ("arctic", "mlp_speculator")
+_ON_DEVICE = {"arctic": "speculator", "mlp_speculator": "speculator", "draft_model": "draft model"}
 # vLLM's names for what Arctic named first.
 _ALIASES = {
     "suffix_decoding_max_tree_depth": "suffix_cache_max_depth",
@@ -37,13 +37,13 @@ class SpeculativeConfig:
 
     Attributes:
         method: one of `METHODS`; `None` to switch speculation off, unless `enable_suffix_decoding`.
-        model: the speculator of `arctic` and `mlp_speculator`, which mean the same; others ignore
-            it.
+        model: the speculator of `arctic` and `mlp_speculator`, which mean the same, or the smaller
+            language model of `draft_model`; others ignore it.
         revision: of it, on the hub.
-        num_speculative_tokens: most tokens of a draft; by default 16 (`suffix`), 4 (`ngram`), or
-            what the speculator was made for.
-        enable_suffix_decoding: with a speculator, its drafts are for where suffix decoding is not
-            sure of itself; without a method, this is the method `suffix`.
+        num_speculative_tokens: most tokens of a draft; by default 16 (`suffix`), 4 (`ngram`,
+            `draft_model`), or what the speculator was made for.
+        enable_suffix_decoding: with a model, its drafts are for where suffix decoding is not sure
+            of itself; without a method, this is the method `suffix`.
         disable_by_batch_size: of a step of more requests only the first so many draft.
         hard_disable_by_batch_size: in a step of so many requests nobody drafts.
         adaptive: whether a request's drafts become shorter, rarer, and again longer, with what
@@ -52,7 +52,7 @@ class SpeculativeConfig:
         suffix_cache_max_requests: responses in the global trees, which make drafts for one request
             out of what others were told; 0 switches that off, -1 is without limit.
         suffix_speculative_tokens: most tokens of a suffix draft; if 0, `num_speculative_tokens`,
-            beside a speculator `suffix_cache_max_depth`.
+            beside a model's drafts `suffix_cache_max_depth`.
         suffix_max_spec_factor: most drafted tokens for each token matched ...
         suffix_max_spec_offset: ... and beside those.
         suffix_min_token_prob: tokens less probable are not drafted.
@@ -95,9 +95,10 @@ class SpeculativeConfig:
             raise ValueError(
                 "speculative_config: enable_suffix_decoding cannot be combined with method 'ngram'"
             )
-        if self.uses_speculator and not self.model:
+        needed = _ON_DEVICE.get(self.method or "")
+        if needed and not self.model:
             raise ValueError(
-                f"speculative_config: method {self.method!r} needs a speculator, give its model"
+                f"speculative_config: method {self.method!r} needs a {needed}, give its model"
             )
         for name in ("model", "revision"):
             if not isinstance(getattr(self, name), str | None):
@@ -169,29 +170,29 @@ class SpeculativeConfig:
         """Most tokens of a draft; 0 if there is no speculation."""
         if self.kind is None:
             return 0
-        if self.uses_speculator:
-            short = self.num_drafted_by_speculator
-            return max(short, self._longest_beside_speculator) if self.is_hybrid else short
+        if self.drafts_on_device:
+            short = self.num_drafted_on_device
+            return max(short, self._longest_of_hybrid) if self.is_hybrid else short
         given = self.kind == "suffix" and self.suffix_speculative_tokens
         return given or self.num_speculative_tokens or _DEFAULT_DRAFT_LEN[self.kind]
 
     @property
-    def uses_speculator(self) -> bool:
-        """Whether a network beside the model drafts."""
-        return self.method in _WITH_SPECULATOR
+    def drafts_on_device(self) -> bool:
+        """Whether a network beside the model drafts, within the step."""
+        return self.method in _ON_DEVICE
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether suffix decoding goes first, and the speculator drafts where it is not sure."""
-        return self.uses_speculator and self.enable_suffix_decoding
+        """Whether suffix decoding goes first, and the network drafts where it is not sure."""
+        return self.drafts_on_device and self.enable_suffix_decoding
 
     @property
-    def num_drafted_by_speculator(self) -> int:
-        """Tokens of its drafts; 0 while it is not known what it was made for."""
+    def num_drafted_on_device(self) -> int:
+        """Tokens of the network's drafts; 0 while it is not known what it was made for."""
         return self.num_speculative_tokens or 0
 
     @property
-    def _longest_beside_speculator(self) -> int:
+    def _longest_of_hybrid(self) -> int:
         most = MAX_TREE_LEN if self.suffix_use_tree_spec else MAX_DRAFT_LEN
         return self.suffix_speculative_tokens or min(self.suffix_cache_max_depth, most)
 
@@ -206,6 +207,8 @@ class SpeculativeConfig:
             return
         if self.kind != "suffix" and not self.is_hybrid:
             _refuse("suffix_use_tree_spec", True, "must be false without suffix decoding")
+        if self.method == "draft_model":  # it goes on where the known tokens end in the cache
+            _refuse("suffix_use_tree_spec", True, "must be false beside a draft model")
         for name in ("num_speculative_tokens", "suffix_speculative_tokens"):
             if (getattr(self, name) or 0) > MAX_TREE_LEN:
                 most = f"must be at most {MAX_TREE_LEN} with suffix_use_tree_spec"

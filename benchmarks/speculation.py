@@ -11,7 +11,9 @@ what a speculator drafts follows the tokens of the model, so its figures there m
 is laid out as `prompts/{gsm8k_test,humaneval,spec_bench}.jsonl` and
 `agent_trajectories/*.traj.json`. The baseline is an engine with a proposer that proposes nothing,
 whose steps then run in the same programs as those of an engine without `speculative_config`.
-`arctic` and `hybrid` run in an engine of their own, whose steps draft.
+`suffix_tree`, suffix decoding with drafts that are trees, runs in an engine of its own, whose steps
+verify trees; `--spec-offset` and `--min-token-prob` make drafts wider. `arctic` and `hybrid` run in
+an engine of their own, whose steps draft.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from arctic_jax.spec_decode.proposer import NoProposer, build_proposer
 from arctic_jax.speculative_config import SpeculativeConfig
 from arctic_jax.training.generate import read_prompts
 
-HOST_METHODS = ("suffix", "ngram")
+HOST_METHODS = ("suffix", "suffix_tree", "ngram")
 METHODS = (*HOST_METHODS, "arctic", "hybrid")
 Job = tuple[list[int], list[int] | None]
 """A prompt, and the answer that is forced, if any."""
@@ -60,6 +62,8 @@ def main() -> None:
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=16, help="of suffix and ngram"
     )
+    parser.add_argument("--spec-offset", type=float, default=0.0, help="of suffix drafts")
+    parser.add_argument("--min-token-prob", type=float, default=0.1, help="of suffix drafts")
     parser.add_argument("--num-blocks", type=int, default=None)
     parser.add_argument("--fixed", action="store_true", help="without the adaptive policy")
     parser.add_argument("--out", type=Path, default=None)
@@ -105,10 +109,18 @@ def main() -> None:
 
 def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield what an engine is started with, and the settings of each method that it can run."""
-    adaptive = {"adaptive": not args.fixed}
+    adaptive = {
+        "adaptive": not args.fixed,
+        "suffix_max_spec_offset": args.spec_offset,
+        "suffix_min_token_prob": args.min_token_prob,
+    }
     host = {name: {"method": name, **adaptive} for name in args.methods if name in HOST_METHODS}
     length = {"num_speculative_tokens": args.num_speculative_tokens}
+    trees = host.pop("suffix_tree", None)
     yield {"method": "ngram", **length}, {"none": None, **host}
+    if trees:
+        trees |= {"method": "suffix", "suffix_use_tree_spec": True}
+        yield trees | length, {"suffix_tree": trees}
     arctic = {"method": "arctic", "model": args.speculator, **adaptive}
     hybrid = {**arctic, "enable_suffix_decoding": True}
     device = {
@@ -173,11 +185,15 @@ class ForcedStep:
             known = len(request.output_token_ids)
             forced = self.answers[request.request_id][known : known + part.num_draws]
             drafted = request.token_ids[part.end - part.num_drafted : part.end]
-            wrong = [i for i, (a, b) in enumerate(zip(drafted, forced, strict=False)) if a != b]
-            valid = wrong[0] + 1 if wrong else part.num_draws
-            first = end - part.num_draws
-            tokens[first : first + valid] = forced[:valid]
-            tokens[first + valid : end] = -1
+            parents = part.parents or range(-1, part.num_drafted - 1)
+            tokens[end - part.num_draws : end] = -1
+            row, token = end - part.num_draws, -1
+            for right in forced:
+                tokens[row + 1 + token] = right
+                after = [t for t, p in enumerate(parents) if p == token and drafted[t] == right]
+                if not after:
+                    break
+                token = after[0]
         return dataclasses.replace(output, token_ids=tokens)
 
 

@@ -1,22 +1,30 @@
 """Suffix decoding replayed over recorded conversations: latencies, memory, tokens per step.
 
     python benchmarks/suffix_decoding.py --trajectories FOLDER --tokenizer FILE --out FILE
+    python benchmarks/suffix_decoding.py --compare-trees --trajectories FOLDER \
+        --answers gsm8k_test.jsonl humaneval.jsonl --max-spec-tokens 16 --tokenizer FILE --out FILE
 
 Every assistant turn of every `*.traj.json` (SWE-agent's format: `history` with roles) is a request:
 its prompt is what came before, its response what was recorded. A step drafts, accepts what agrees
 with the record, and takes one recorded token more; the cache outlives the conversations.
 `--module` replays with another package's `SuffixDecodingCache`, e.g. arctic_inference's.
+
+`--compare-trees` asks instead what trees would gain over paths: tokens per step, and rows of logits
+(the drafted tokens, and one more), for drafts of several widths. `--answers` are files of questions
+with answers, which are replayed like turns.
 """
 
 import argparse
 import datetime
 import importlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,13 +39,18 @@ def main() -> None:
     """Replay, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trajectories", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--answers", type=Path, nargs="*", default=[], metavar="FILE")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
     parser.add_argument("--module", default="arctic_jax.spec_decode")
     parser.add_argument("--max-tree-depth", type=int, default=64)
     parser.add_argument("--max-cached-requests", type=int, default=-1)
     parser.add_argument("--max-prompt-len", type=int, default=8000)
     parser.add_argument("--max-spec-tokens", type=int, default=64)
+    parser.add_argument("--max-spec-factor", type=float, default=1.0)
+    parser.add_argument("--max-spec-offset", type=float, default=0.0)
+    parser.add_argument("--min-token-prob", type=float, default=0.1)
     parser.add_argument("--use-tree-spec", action="store_true")
+    parser.add_argument("--compare-trees", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
 
@@ -45,14 +58,21 @@ def main() -> None:
     make = importlib.import_module(args.module).SuffixDecodingCache
     start = time.perf_counter()
     cache = make(args.max_tree_depth, args.max_cached_requests)
-    figures = {"ready_s": time.perf_counter() - start}
-    figures |= Replay(cache, args.max_spec_tokens, args.use_tree_spec).run(turns)
-    figures["memory_bytes_per_token"] = memory_per_token(args.module, args.max_tree_depth, turns)
-    for name, value in figures.items():
-        print(f"{name:28s} {value:12.2f}")
+    figures: dict[str, Any] = {"ready_s": time.perf_counter() - start}
+    if args.compare_trees:
+        workloads = {"agent": turns}
+        workloads |= {path.stem: load_answers(path, args.tokenizer) for path in args.answers}
+        figures["drafts"] = list(compare_trees(make, workloads, args))
+    else:
+        figures |= Replay(cache, args.max_spec_tokens, drafting(args)).run(turns)
+        figures["memory_bytes_per_token"] = memory_per_token(
+            args.module, args.max_tree_depth, turns
+        )
+        for name, value in figures.items():
+            print(f"{name:28s} {value:12.2f}")
     if args.out:
         settings = {
-            name: value for name, value in vars(args).items() if not isinstance(value, Path)
+            name: value for name, value in vars(args).items() if not isinstance(value, Path | list)
         }
         result = {
             "date": datetime.date.today().isoformat(),
@@ -88,13 +108,66 @@ def load_turns(
     return turns
 
 
+def load_answers(
+    path: Path, tokenizer_file: Path
+) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Return (question, answer) of every line of a file, as tokens."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+
+    def tokens(text: str) -> np.ndarray[Any, Any]:
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    found = []
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        prompt, answer = (
+            next(entry[key] for key in keys if key in entry)
+            for keys in (("question", "prompt"), ("answer", "canonical_solution"))
+        )
+        found.append((tokens(prompt), tokens(answer)))
+    return found
+
+
+def drafting(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keywords of `speculate` but for the most tokens."""
+    names = ("max_spec_factor", "max_spec_offset", "min_token_prob", "use_tree_spec")
+    return {name: getattr(args, name) for name in names}
+
+
+def compare_trees(
+    make: Any, workloads: dict[str, list[tuple[Any, Any]]], args: argparse.Namespace
+) -> Iterable[dict[str, Any]]:
+    """Yield what paths and trees of several widths gain, each with a cache of its own."""
+    print(f"{'':12s} {'offset':>6s} {'probability':>11s}    path          tree  (rows a step)")
+    for (name, turns), offset, prob in itertools.product(
+        workloads.items(), (0.0, 4.0, 8.0), (0.1, 0.03)
+    ):
+        row: dict[str, Any] = {"workload": name, "max_spec_offset": offset, "min_token_prob": prob}
+        shown = []
+        for kind in ("path", "tree"):
+            keywords = drafting(args) | {
+                "max_spec_offset": offset,
+                "min_token_prob": prob,
+                "use_tree_spec": kind == "tree",
+            }
+            cache = make(args.max_tree_depth, args.max_cached_requests)
+            figures = Replay(cache, args.max_spec_tokens, keywords).run(turns)
+            row[kind] = {
+                "tokens_per_step": round(figures["tokens_per_step"], 4),
+                "rows_per_step": round(figures["rows_per_step"], 2),
+            }
+            shown.append("{tokens_per_step:6.3f} ({rows_per_step:4.1f})".format(**row[kind]))
+        print(f"{name:12s} {offset:6.0f} {prob:11.2f}  ", "  ".join(shown), flush=True)
+        yield row
+
+
 class Replay:
     """Runs recorded turns through a cache, and takes the times."""
 
-    def __init__(self, cache: Any, max_spec_tokens: int, use_tree_spec: bool) -> None:
+    def __init__(self, cache: Any, max_spec_tokens: int, keywords: dict[str, Any]) -> None:
         self.cache = cache
         self.max_spec_tokens = max_spec_tokens
-        self.use_tree_spec = use_tree_spec
+        self.keywords = keywords
         self.speculate_s: list[float] = []
         self.append_s: list[float] = []
         self.start_s = self.stop_s = 0.0
@@ -119,6 +192,7 @@ class Replay:
             "response_tokens": responses,
             "prompt_tokens": prompts,
             "tokens_per_step": responses / steps,
+            "rows_per_step": 1 + self.drafted / steps,
             "acceptance": (responses - steps) / max(1, self.drafted),
             "speculate_p50_us": p50,
             "speculate_p95_us": p95,
@@ -133,9 +207,7 @@ class Replay:
         while length < len(tokens):
             context = tokens[max(0, length - self.cache.max_tree_depth) : length]
             start = time.perf_counter()
-            draft = self.cache.speculate(
-                req_id, context, self.max_spec_tokens, use_tree_spec=self.use_tree_spec
-            )
+            draft = self.cache.speculate(req_id, context, self.max_spec_tokens, **self.keywords)
             self.speculate_s.append(time.perf_counter() - start)
             self.drafted += len(draft.token_ids)
             new = tokens[length : length + accepted(draft, tokens[length:]) + 1]

@@ -23,13 +23,12 @@ from arctic_jax.models.llama import DecoderLayer, LlamaForCausalLM
 from arctic_jax.models.qwen2 import Qwen2ForCausalLM
 from arctic_jax.models.qwen3 import Qwen3ForCausalLM
 from arctic_jax.pallas_kernels.segment_attention import segment_attention
-from arctic_jax.shift_parallel import shift
+from arctic_jax.shift_parallel import ALONE
 from arctic_jax.weights import Source
 
 MAX_LENGTH = 8192
 """Tokens of the longest text, unless the user or the model says something else: in XLA, attention
 holds the scores of a whole window."""
-LAYOUT = shift(1, 1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class DecoderEncoder(nnx.Module):
         """
         numbers = self.decoder.config
         rope = rotary(numbers.rope, numbers.head_dim, batch.positions)
-        x = self.decoder.embed(batch.token_ids, LAYOUT)
+        x = self.decoder.embed(batch.token_ids, ALONE)
         delta = jnp.zeros_like(x)
         for layer in self.decoder.layers:
             x, delta = _run_layer(
@@ -158,7 +157,7 @@ def _layer(
     delta = attended.reshape(len(x), -1) @ attention.output[...]
     if attention.output_bias is not None:
         delta = delta + attention.output_bias[...]
-    return layer.mlp(x, delta, layer.mlp_norm, LAYOUT)
+    return layer.mlp(x, delta, layer.mlp_norm, ALONE)
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.

@@ -56,6 +56,42 @@ def test_longest_drafts(given: dict, longest: int) -> None:
     assert SpeculativeConfig.from_user(given).max_draft_len == longest
 
 
+@pytest.mark.parametrize(
+    ("given", "longest"),
+    [
+        ({"method": "suffix", "suffix_use_tree_spec": True}, 16),
+        ({"enable_suffix_decoding": True, "use_tree_spec": True, "num_speculative_tokens": 31}, 31),
+        (
+            {"method": "arctic", "model": "m", "num_speculative_tokens": 3}
+            | {"enable_suffix_decoding": True, "suffix_use_tree_spec": True},
+            31,
+        ),
+    ],
+)
+def test_longest_trees(given: dict, longest: int) -> None:
+    config = SpeculativeConfig.from_user(given)
+    assert config.suffix_use_tree_spec
+    assert config.max_draft_len == longest
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"method": "ngram"}, "suffix_use_tree_spec must be false without suffix decoding"),
+        ({"method": "arctic", "model": "m"}, "must be false without suffix decoding"),
+        (
+            {"method": "draft_model", "model": "m", "enable_suffix_decoding": True},
+            "suffix_use_tree_spec must be false beside a draft model",
+        ),
+        ({"method": "suffix", "num_speculative_tokens": 32}, "num_speculative_tokens must be at"),
+        ({"method": "suffix", "suffix_speculative_tokens": 40}, "must be at most 31 with"),
+    ],
+)
+def test_where_there_are_no_trees(given: dict, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        SpeculativeConfig.from_user(given | {"suffix_use_tree_spec": True})
+
+
 ARCTIC = {"method": "arctic", "model": "m", "num_speculative_tokens": 3}
 
 
@@ -64,6 +100,7 @@ ARCTIC = {"method": "arctic", "model": "m", "num_speculative_tokens": 3}
     [
         (ARCTIC, 3),
         (ARCTIC | {"method": "mlp_speculator"}, 3),
+        (ARCTIC | {"method": "draft_model"}, 3),
         (ARCTIC | {"enable_suffix_decoding": True}, 64),
         (ARCTIC | {"enable_suffix_decoding": True, "suffix_cache_max_depth": 500}, 128),
         (ARCTIC | {"enable_suffix_decoding": True, "suffix_speculative_tokens": 7}, 7),
@@ -73,13 +110,13 @@ ARCTIC = {"method": "arctic", "model": "m", "num_speculative_tokens": 3}
 def test_longest_drafts_with_a_speculator(given: dict, longest: int) -> None:
     config = SpeculativeConfig.from_user(given)
     assert config.max_draft_len == longest
-    assert config.num_drafted_by_speculator == 3
-    assert config.uses_speculator
+    assert config.num_drafted_on_device == 3
+    assert config.drafts_on_device
 
 
 def test_how_much_a_speculator_drafts_may_be_left_to_it() -> None:
     config = of(method="arctic", model="m", disable_by_batch_size=8)
-    assert (config.kind, config.num_drafted_by_speculator) == ("arctic", 0)
+    assert (config.kind, config.num_drafted_on_device) == ("arctic", 0)
 
 
 def test_ngram_lengths_default_to_each_other() -> None:
@@ -94,6 +131,7 @@ def test_ngram_lengths_default_to_each_other() -> None:
     [
         ({"method": "eagle", "model": "x"}, "'eagle' is not supported; supported: suffix, ngram"),
         ({"method": "arctic"}, "method 'arctic' needs a speculator, give its model"),
+        ({"method": "draft_model"}, "method 'draft_model' needs a draft model, give its model"),
         ({"method": "arctic", "model": 3}, "model must be a name, got 3"),
         ({}, "names no method; supported: suffix, ngram"),
         ({"method": "suffix", "sufix": 1}, r"unknown key\(s\) sufix"),

@@ -1,9 +1,12 @@
 """A tiny random model in memory, and engines of it in any shape."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.core import EngineCore
@@ -92,6 +95,14 @@ def make_files(
         numbered_tokenizer(config["vocab_size"]),
         {},
     )
+
+
+def write_files(directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """Write such a model."""
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors")
+    numbered_tokenizer(config["vocab_size"]).backend.save(str(directory / "tokenizer.json"))
+    return directory
 
 
 def options_of(**options: Any) -> dict[str, Any]:

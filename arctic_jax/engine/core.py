@@ -15,10 +15,10 @@ import jax
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.block_pool import BlockPool
+from arctic_jax.engine.drafter_files import open_drafter
 from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
-from arctic_jax.engine.speculator import open_speculator
 from arctic_jax.engine.step_log import StepLog
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.loading.model_files import ModelFiles, open_model
@@ -58,14 +58,14 @@ class EngineCore:
         self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)
         model_config = cls.config_from_hf(self.files.config)
-        speculator = open_speculator(config, model_config, report)
-        if speculator is not None:
-            length = speculator.drafting.num_tokens
+        drafter = open_drafter(config, self.files, model_config, report)
+        if drafter is not None:
+            length = drafter.drafting.num_tokens
             speculative = replace(config.speculative, num_speculative_tokens=length)
             config = replace(config, speculative=speculative)
         self.config = config
         self.runner = ModelRunner(
-            config, limits, cls, model_config, self.files.checkpoint, report, devices, speculator
+            config, limits, cls, model_config, self.files.checkpoint, report, devices, drafter
         )
         self.tokenizer = self.files.tokenizer
         self.max_model_len = self.runner.max_model_len

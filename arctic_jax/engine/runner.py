@@ -35,15 +35,15 @@ from arctic_jax.batch import (
 from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
 from arctic_jax.engine import program_store
 from arctic_jax.engine.crossover import Crossover, CrossoverStore, probe, tokens_to_measure
+from arctic_jax.engine.drafter_files import DrafterFiles
 from arctic_jax.engine.layout_picker import LayoutPicker
 from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.sampler_rows import SamplerRows
-from arctic_jax.engine.speculator import SpeculatorFiles
 from arctic_jax.engine.step_program import StepProgram
 from arctic_jax.engine.weight_loading import WeightLoader
-from arctic_jax.kv_cache import KVCache, KVCacheSpec
+from arctic_jax.kv_cache import KVCache, KVCacheSpec, LayerCacheSpec
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted, silent
@@ -96,7 +96,7 @@ class ModelRunner:
         checkpoint: where weights come from; `None` for random ones.
         report: told how far loading and compiling are.
         devices: those to use; `None` for the first ones.
-        speculator: drafts within the steps, if there is one.
+        drafter: drafts within the steps, if there is one.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ModelRunner:
         checkpoint: Checkpoint | OrbaxCheckpoint | None,
         report: Report,
         devices: Sequence[Any] | None = None,
-        speculator: SpeculatorFiles | None = None,
+        drafter: DrafterFiles | None = None,
     ) -> None:
         parallel = config.parallel
         tp, sp = parallel.tensor_parallel_size, parallel.ulysses_sequence_parallel_size
@@ -146,20 +146,19 @@ class ModelRunner:
         model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
         loader = WeightLoader(self.mesh, self.layouts, self.dtype, config.load.seed, report)
         self.leaves, partitions = loader.load(model, checkpoint, "weights")
-        drafting = speculator.drafting if speculator else None
-        if speculator is not None:
-            module = speculator.drafting.module(num_shards)
-            added, lie = loader.load(module, speculator.checkpoint, "speculator")
+        heads = PartitionSpec(None, self.layouts[-1].devices or None)
+        layer = LayerCacheSpec(model.num_kv_groups, model_config.head_dim, heads)
+        layers = (layer,) * model_config.num_cache_layers
+        drafting = drafter.drafting if drafter else None
+        if drafter is not None:
+            module = drafter.drafting.module(num_shards, implementation)
+            layers += drafter.drafting.cache_layers()
+            added, lie = loader.load(
+                module, drafter.checkpoint, "drafter weights", drafter.drafting.layout
+            )
             self.leaves = {layout: self.leaves[layout] + added[layout] for layout in self.layouts}
             partitions = {layout: partitions[layout] + lie[layout] for layout in self.layouts}
-        self.cache_spec = KVCacheSpec(
-            num_layers=model_config.num_cache_layers,
-            num_kv_heads=model.num_kv_groups,
-            head_dim=model_config.head_dim,
-            block_size=config.cache.block_size,
-            dtype=self.dtype,
-            partition=PartitionSpec(None, self.layouts[-1].devices or None),
-        )
+        self.cache_spec = KVCacheSpec(layers, config.cache.block_size, self.dtype)
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
         buckets = [bucket for ladder in self._ladders.values() for bucket in ladder]
         max_rows = max(bucket.num_rows for bucket in buckets)
@@ -347,13 +346,13 @@ class ModelRunner:
     def _blocks_that_fit(self, cache: CacheConfig) -> int:
         """Size the cache: a share of the memory, on a GPU what weights and programs leave."""
         most = self.max_num_seqs * self.max_blocks_per_seq
-        per_device = self.cache_spec.bytes_per_block // self.mesh.size
+        per_device = self.cache_spec.bytes_per_device(self.mesh)
         device = self.mesh.devices.flat[0]
         stats = device.memory_stats() if device.platform == "gpu" else None
         if stats is None:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             budget = int(memory * cache.cpu_memory_share)
-            return min(most, budget // self.cache_spec.bytes_per_block)
+            return min(most, budget // (per_device * self.mesh.size))
         layout = self.layouts[-1]
         largest = self._ladders[layout][-1]
         workspace = self.programs.workspace_bytes(layout, largest, self.max_blocks_per_seq)

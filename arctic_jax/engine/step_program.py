@@ -17,13 +17,13 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from arctic_jax.batch import Bucket, ForwardBatch, StepOutput, packed_size, unpack
+from arctic_jax.batch import Bucket, StepOutput, packed_size, unpack
 from arctic_jax.config import ModelConfig
 from arctic_jax.engine import sampler
+from arctic_jax.engine.drafting import Drafting, Drawn
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.kv_cache import KVCache, KVCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
-from arctic_jax.models.speculator import Speculator, SpeculatorConfig, Vocabulary
 from arctic_jax.shift_parallel import MeshLayout
 
 Leaves = tuple[Array, ...]
@@ -47,33 +47,13 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Drafting:
-    """How a step drafts for the next one, with a speculator beside the model.
-
-    Attributes:
-        speculator_class, config: what the speculator is made of.
-        num_tokens: K, of a draft.
-        max_num_seqs: only the first so many sequences of a step get one.
-    """
-
-    speculator_class: type[Speculator]
-    config: SpeculatorConfig
-    num_tokens: int
-    max_num_seqs: int
-
-    def module(self, num_shards: int) -> Speculator:
-        """Return the speculator without its parameters."""
-        return nnx.eval_shape(lambda: self.speculator_class(self.config, num_shards))
-
-
-@dataclass(frozen=True)
 class StepProgram:
     """What all step programs of an engine have in common.
 
     A step is `step(leaves, cache, state, output, packed) -> (cache, state, output)`, where all but
     the first and the last argument are donated. `output [max_rows, ...]` is a packed `StepOutput`:
     as an argument the one of the step before, whose tokens its successor takes before the host has
-    seen them. `leaves` is the flat tuple of the parameters, the model's and then the speculator's:
+    seen them. `leaves` is the flat tuple of the parameters, the model's and then the drafter's:
     rebuilding the modules from it happens while the program is traced, not at each call.
 
     Nothing but `packed` lies at another address from step to step. On a GPU a program is a CUDA
@@ -82,13 +62,13 @@ class StepProgram:
     Attributes:
         model_class, model_config, num_shards, implementation: what the module is made of.
         partitions: for each layout, where each leaf lies on the mesh.
-        cache: shapes of the cache; its type is that of the parameters.
+        cache: shapes of the cache, the drafter's layers last; its type is that of the parameters.
         max_blocks_per_seq: columns of a block table.
         max_num_seqs: rows of the sampler's state.
         max_rows: of `output`.
         max_logprobs: most likely tokens in it.
         max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
-        drafting: `None` without a speculator.
+        drafting: how the step drafts, if it does.
     """
 
     model_class: type[LlamaForCausalLM]
@@ -144,8 +124,8 @@ class StepProgram:
         )
         shape = (packed_size(step.bucket, self.max_blocks_per_seq),)
         packed = _abstract(shape, jnp.int32, mesh)
-        cache = self._cache(step.num_blocks, mesh)
-        return leaves, cache, self.state(mesh), self.output(mesh), packed
+        shapes = self.cache.shapes(step.num_blocks, mesh)
+        return leaves, shapes, self.state(mesh), self.output(mesh), packed
 
     def state(self, mesh: Mesh) -> SamplerState:
         """Return the abstract state of the sampler."""
@@ -163,20 +143,13 @@ class StepProgram:
     def move(self, num_blocks: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
         """Return what moves tokens in the cache, which is donated, and its arguments."""
         slots = _abstract((2, MOVES_A_CALL), jnp.int32, mesh)
-        partition = self.cache.partition
+        lies = self.cache.partitions
         function = jax.shard_map(
-            KVCache.moved, mesh=mesh, in_specs=(partition, REPLICATED), out_specs=partition
+            KVCache.moved, mesh=mesh, in_specs=(lies, REPLICATED), out_specs=lies
         )
-        arguments = (self._cache(num_blocks, mesh), slots)
-        return jax.jit(function, donate_argnums=0), arguments
+        return jax.jit(function, donate_argnums=0), (self.cache.shapes(num_blocks, mesh), slots)
 
-    def _cache(self, num_blocks: int, mesh: Mesh) -> KVCache:
-        cache = self.cache
-        shape = (num_blocks, cache.num_kv_heads, cache.block_size, cache.head_dim)
-        layers = (_abstract(shape, cache.dtype, mesh, cache.partition),) * cache.num_layers
-        return KVCache(layers, layers)
-
-    def _modules(self) -> tuple[LlamaForCausalLM, Speculator | None]:
+    def _modules(self) -> tuple[LlamaForCausalLM, Any]:
         """Return the modules without their parameters."""
         return _abstract_modules(
             self.model_class, self.model_config, self.num_shards, self.implementation, self.drafting
@@ -194,8 +167,8 @@ class StepProgram:
             leaves: Leaves, cache: KVCache, state: SamplerState, before: Array, packed: Array
         ) -> tuple[KVCache, SamplerState, Array]:
             model: LlamaForCausalLM
-            speculator: Speculator | None
-            model, speculator = jax.tree.unflatten(tree, leaves)
+            model, drafter = jax.tree.unflatten(tree, leaves)
+            cache, drafter_cache = cache.split(self.model_config.num_cache_layers)
             batch = unpack(packed, bucket, self.max_blocks_per_seq)
             known = batch.token_source < 0
             drawn = StepOutput.token_ids_of(before)[jnp.maximum(batch.token_source, 0)]
@@ -206,14 +179,16 @@ class StepProgram:
             output, state = sampler.sample(
                 logits, batch, state, self.max_logprobs, max_draft_len, model.implementation
             )
-            if self.drafting is not None and speculator is not None:
-                drafts = _draft(self.drafting, speculator, model, hidden, output, batch, layout)
+            if self.drafting is not None:
+                drawn = Drawn(model, batch, hidden, output, layout)
+                drafts, drafter_cache = self.drafting.draft(drafter, drawn, drafter_cache)
+                drafts = jnp.pad(drafts, ((0, len(hidden) - len(drafts)), (0, 0)))
                 output = dataclasses.replace(output, drafts=drafts)
             # An update in place of `before` makes XLA's CPU compiler crash on several devices.
             rows = jnp.pad(output.pack(), ((0, self.max_rows - bucket.num_rows), (0, 0)))
-            return cache, state, rows
+            return cache + drafter_cache, state, rows
 
-        donated = (self.cache.partition, REPLICATED, REPLICATED)
+        donated = (self.cache.partitions, REPLICATED, REPLICATED)
         return jax.shard_map(
             run,
             mesh=mesh,
@@ -226,41 +201,6 @@ class StepProgram:
         """On GPUs a float32 product would otherwise be computed with 10 bits of mantissa."""
         exact = "highest" if self.cache.dtype == jnp.float32 else None
         return jax.default_matmul_precision(exact)
-
-
-def _draft(
-    drafting: Drafting,
-    speculator: Speculator,
-    model: LlamaForCausalLM,
-    hidden: Array,
-    output: StepOutput,
-    batch: ForwardBatch,
-    layout: MeshLayout,
-) -> Array:
-    """Draft after the last token that was drawn for each of the first sequences.
-
-    Args:
-        drafting: how much.
-        speculator: who drafts.
-        model: whose matrices it may use.
-        hidden: `[R, hidden]`; of each sequence the row that drew that token counts.
-        output: what was drawn.
-        batch: of the step.
-        layout: of the step.
-
-    Returns:
-        `[R, K]`, a row each sequence; of one that drew nothing, and in rows left over, anything.
-    """
-    num_rows, num_seqs = len(hidden), batch.seq_lens.shape[0]
-    rows = jnp.arange(num_rows)
-    draws = (batch.row_target < 0) & (output.token_ids >= 0)
-    last = jnp.zeros(num_seqs, jnp.int32).at[batch.row_seq].max(jnp.where(draws, rows, 0))
-    last = last[: drafting.max_num_seqs]
-    vocabulary = Vocabulary(model.embed, model.head)
-    drafts = speculator(
-        hidden[last], output.token_ids[last], vocabulary, layout, drafting.num_tokens
-    )
-    return jnp.pad(drafts, ((0, num_rows - len(last)), (0, 0)))
 
 
 def _abstract(
@@ -276,6 +216,6 @@ def _abstract_modules(
     num_shards: int,
     implementation: str | None,
     drafting: Drafting | None,
-) -> tuple[LlamaForCausalLM, Speculator | None]:
+) -> tuple[LlamaForCausalLM, Any]:
     model = nnx.eval_shape(lambda: model_class(config, num_shards, implementation))
-    return model, drafting.module(num_shards) if drafting else None
+    return model, drafting.module(num_shards, implementation) if drafting else None

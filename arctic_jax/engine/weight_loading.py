@@ -54,9 +54,19 @@ class WeightLoader:
     report: Report
 
     def load(
-        self, module: Module, checkpoint: Checkpoint | OrbaxCheckpoint | None, what: str
+        self,
+        module: Module,
+        checkpoint: Checkpoint | OrbaxCheckpoint | None,
+        what: str,
+        layout: MeshLayout | None = None,
     ) -> tuple[Placed, Partitions]:
         """Place a module's weights, random ones without a checkpoint.
+
+        Args:
+            module: without parameters.
+            checkpoint: where they come from.
+            what: for the progress bar.
+            layout: in which they lie in all of the engine's layouts; `None` for those.
 
         Returns:
             The flat tuple of its leaves for each layout, and where they lie.
@@ -66,7 +76,7 @@ class WeightLoader:
         """
         named = named_parameters(module)
         axes = [variable.get_metadata("axis") for variable in named.values()]
-        partitions = {layout: tuple(map(layout.partition, axes)) for layout in self.layouts}
+        partitions = {at: tuple(map((layout or at).partition, axes)) for at in self.layouts}
         parameters = {
             path: ParameterSpec(variable.shape, self.dtype, partition)
             for (path, variable), partition in zip(

@@ -1,17 +1,17 @@
-"""Suffix decoding where it is sure of itself, the speculator's drafts elsewhere. Host only."""
+"""Suffix decoding where it is sure of itself, a network's drafts elsewhere. Host only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from arctic_jax.request import Request
+from arctic_jax.spec_decode.device_proposer import DeviceProposer
 from arctic_jax.spec_decode.proposer import Draft
-from arctic_jax.spec_decode.speculator_proposer import SpeculatorProposer
 from arctic_jax.spec_decode.suffix_proposer import SuffixProposer
 from arctic_jax.speculative_config import SpeculativeConfig
 
 
-class HybridProposer(SpeculatorProposer):
+class HybridProposer(DeviceProposer):
     """Arctic Inference's rule: a suffix draft, if its score reaches the speculator's length.
 
     The score is how many of its tokens should be accepted, and the speculator cannot have more than
@@ -39,7 +39,7 @@ class HybridProposer(SpeculatorProposer):
         by_suffix = self.suffix.drafts(requests, limits)
         by_speculator = super().drafts(requests, limits)
         return [
-            long if long.score >= self.config.num_drafted_by_speculator else short
+            long if long.score >= self.config.num_drafted_on_device else short
             for long, short in zip(by_suffix, by_speculator, strict=True)
         ]
 

@@ -236,10 +236,10 @@ def build_proposer(config: SpeculativeConfig) -> Proposer:
         from arctic_jax.spec_decode.hybrid_proposer import HybridProposer
 
         return HybridProposer(config)
-    if config.uses_speculator:
-        from arctic_jax.spec_decode.speculator_proposer import SpeculatorProposer
+    if config.drafts_on_device:
+        from arctic_jax.spec_decode.device_proposer import DeviceProposer
 
-        return SpeculatorProposer(config)
+        return DeviceProposer(config)
     if config.kind == "suffix":
         from arctic_jax.spec_decode.suffix_proposer import SuffixProposer  # it loads numba
 

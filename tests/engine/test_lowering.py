@@ -2,15 +2,18 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
-from tiny_engine import GREEDY, make_engine, run
+from tiny_engine import CONFIG, GREEDY, make_engine, make_tensors, run, write_files
 
 from arctic_jax.engine import runner
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.drafting import ModelDrafting
 from arctic_jax.engine.lowering import LoweringPool
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.step_program import Step, StepProgram
@@ -62,14 +65,20 @@ def test_errors_are_sent() -> None:
         pool.close()
 
 
-def test_kernels_are_lowered_where_there_is_no_gpu() -> None:
-    program, mesh, step = parts()
-    bfloat16 = {"head_dim": 64, "block_size": 16, "dtype": jnp.dtype("bfloat16")}
-    program = replace(
-        program,
-        model_config=replace(program.model_config, head_dim=64),
-        cache=replace(program.cache, **bfloat16),
-    )
+@pytest.mark.parametrize("with_draft_model", [False, True])
+def test_kernels_are_lowered_where_there_is_no_gpu(with_draft_model: bool, tmp_path: Path) -> None:
+    options = {}
+    if with_draft_model:
+        write_files(tmp_path, CONFIG, make_tensors())
+        options["speculative_config"] = {"method": "draft_model", "model": str(tmp_path)}
+    program, mesh, step = parts(**options)
+    model_config = replace(program.model_config, head_dim=64)
+    drafting = program.drafting
+    if isinstance(drafting, ModelDrafting):
+        drafting = replace(drafting, config=model_config, block_size=16)
+    layers = tuple(replace(layer, head_dim=64) for layer in program.cache.layers)
+    cache = replace(program.cache, layers=layers, block_size=16, dtype=jnp.dtype("bfloat16"))
+    program = replace(program, model_config=model_config, drafting=drafting, cache=cache)
     with dispatch.lowering_for_hopper():
         exported = jax.export.deserialize(bytearray(program.export(step, mesh, "cuda")))
     assert exported.platforms == ("cuda",)
@@ -83,8 +92,8 @@ def answers(engine: EngineCore) -> list[list[int]]:
     return [done[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))]
 
 
-def parts() -> tuple[StepProgram, Mesh, Step]:
+def parts(**options: Any) -> tuple[StepProgram, Mesh, Step]:
     """A program, its mesh, and a step of it."""
-    made = make_engine().runner
+    made = make_engine(**options).runner
     layout, bucket = made.picker.steps[0]
     return made.programs._program, made.mesh, Step(layout, bucket, made.num_blocks)

@@ -8,10 +8,10 @@ import pytest
 from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.request import Request, RequestStatus, SamplingParams
 from arctic_jax.spec_decode.acceptance import MIN_GAIN, Acceptance
+from arctic_jax.spec_decode.device_proposer import DeviceProposer
 from arctic_jax.spec_decode.hybrid_proposer import HybridProposer
 from arctic_jax.spec_decode.ngram_proposer import NgramProposer
 from arctic_jax.spec_decode.proposer import NoProposer, Proposer, build_proposer
-from arctic_jax.spec_decode.speculator_proposer import SpeculatorProposer
 from arctic_jax.spec_decode.suffix_proposer import SuffixProposer
 from arctic_jax.speculative_config import SpeculativeConfig
 
@@ -67,7 +67,7 @@ def test_the_method_chooses_the_proposer() -> None:
     assert isinstance(build_proposer(SpeculativeConfig()), NoProposer)
     assert isinstance(build_proposer(SpeculativeConfig("suffix")), SuffixProposer)
     assert isinstance(build_proposer(SpeculativeConfig("ngram")), NgramProposer)
-    assert type(speculator()) is SpeculatorProposer
+    assert type(speculator()) is DeviceProposer
     assert type(speculator(enable_suffix_decoding=True)) is HybridProposer
 
 

@@ -1,7 +1,7 @@
-"""Drafts that the step before made on the device, with a speculator beside the model. Host only.
+"""Drafts that the step before made on the device, by a network beside the model. Host only.
 
-The chain of heads is a part of the step program: it starts from the state and the token of the last
-row that was accepted, and its drafts come to the host with the tokens.
+A speculator or a draft model is a part of the step program (`engine/drafting.py`): its drafts come
+to the host with the tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # it imports jax, which this package does without
     from arctic_jax.batch import HostOutput, ScheduledBatch
 
 
-class SpeculatorProposer(HostProposer):
-    """The methods `arctic` and `mlp_speculator`.
+class DeviceProposer(HostProposer):
+    """The methods `arctic`, `mlp_speculator` and `draft_model`.
 
     Drafts do not become shorter after wrong ones, as those that are made on the host: they are
     there already, and a row more of a step costs next to nothing.
