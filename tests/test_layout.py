@@ -124,6 +124,12 @@ def test_the_lock_file_holds_versions_only_and_every_direct_dependency():
     assert names <= locked, f"run scripts/lock: {names - locked}"
 
 
+def test_every_decision_is_listed():
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"\]\((0[^)]*)\)", (folder / "index.md").read_text())
+    assert listed == sorted(path.name for path in folder.glob("0*.md"))
+
+
 def test_no_file_says_where_packages_come_from():
     """Which index serves a package is the business of the machine, not of the project."""
     hosts = (
