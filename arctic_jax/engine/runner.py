@@ -332,7 +332,9 @@ class ModelRunner:
                 packed = self._new_packer().pack(scheduled, bucket)
                 for _ in range(2):
                     self._start(layout, bucket, packed)
-            jax.block_until_ready(self._output)
+            if any(bucket.has_trees for _, bucket in self.picker.steps):
+                self.cache = self.programs.move(self.cache, [(0, 0)])
+            jax.block_until_ready((self._output, self.cache))
 
     def _milliseconds(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> float:
         """Median time of a step."""

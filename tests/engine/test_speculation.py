@@ -188,11 +188,11 @@ def test_accepted_side_branches_are_moved_to_where_a_path_lies(cramped_engine: E
     plain = generate(cramped_engine, requests)
     proposer = replay(plain, rate=1.0, kind=SideBranch)
     assert_equal(generate(cramped_engine, requests, proposer)[0], plain[0])
-    # Of seven tokens four are right, the fourth to the seventh.
-    stats, full = proposer.stats, (29 - 2) // 5
-    assert stats.num_drafts == full + 1
-    assert stats.drafted[:4].tolist() == [2 * full + 2, 2 * full, 2 * full, full]
-    assert stats.accepted[:4].tolist() == [full + 1, full, full, full]
+    # Four drafts of seven tokens, of which the last four are right; one of six, and one of two.
+    stats = proposer.stats
+    assert stats.num_drafts == 6
+    assert stats.drafted.tolist() == [12, 10, 10, 4, 0, 0, 0]
+    assert stats.accepted.tolist() == [6, 5, 5, 4, 0, 0, 0]
 
 
 def test_nothing_moves_where_the_likeliest_path_is_right(

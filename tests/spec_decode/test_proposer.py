@@ -77,6 +77,35 @@ def test_drafts_go_on_as_the_request_did_before(make, draft: list[int]) -> None:
     assert propose(make(), request) == [draft]
 
 
+def test_trees_hold_several_continuations() -> None:
+    said = [1, 2, 3, 4, 9, 1, 2, 3, 5, 8, 1, 2]
+    wide = {"suffix_max_spec_offset": 5.0, "suffix_min_token_prob": 0.01}
+    request = request_of(said, [3])
+    propose(suffix(suffix_use_tree_spec=True, **wide), request)
+    parents = list(request.draft_parents)
+    after = {t for t, p in zip(request.draft, parents, strict=True) if p == -1}
+    assert after == {4, 5}
+    assert request.draft[:2] in ([4, 9], [5, 8])
+    assert propose(suffix(**wide), request)[0][:1] in ([4], [5])
+    assert not request.draft_parents  # the tree is forgotten with its draft
+
+
+def test_a_hybrid_takes_the_tree_or_the_networks_path() -> None:
+    said = [1, 2, 3, 4, 9, 1, 2, 3, 5, 8, 1, 2]
+    wide = {"suffix_max_spec_offset": 9.0, "suffix_min_token_prob": 0.01}
+    for length, is_tree in ((1, True), (8, False)):
+        proposer = speculator(
+            enable_suffix_decoding=True,
+            suffix_use_tree_spec=True,
+            num_speculative_tokens=length,
+            **wide,
+        )
+        request = request_of(said, [3])
+        propose(proposer, request, drafts=[[7] * length])
+        assert bool(request.draft_parents) == is_tree
+        assert is_tree or request.draft == [7] * length
+
+
 def test_ngram_takes_the_longest_and_the_latest_match() -> None:
     proposer = ngram(num_speculative_tokens=2)
     # 7 8 came before 1, and later before 2; 9 7 8 only before 1.
