@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # it is loaded when the first grammar comes
     from llguidance import LLMatcher, LLTokenizer
 
 NUM_THREADS = 2
+# The library recurses where rules nest: 60,000 characters of rules that name each other overflow
+# a thread's usual 8 MB, and that ends the process.
+STACK_PER_CHARACTER = 1 << 10  # bytes
+MAX_SYMBOLS = 50_000  # of a grammar: a mask may then take tens of milliseconds, but no seconds
 # Between two parts of JSON: enough to indent by, and an end for models that love line breaks.
 WHITESPACE = r"[ \n\r\t]{1,40}"
 
@@ -123,7 +127,7 @@ class GrammarCompiler:
         with self._lock:
             future = self._cache.get(key)
             if future is None or future.cancelled():
-                self._cache[key] = future = self._threads.submit(self._compile, *key)
+                self._cache[key] = future = self._start(self._compile, *key)
             self._cache.move_to_end(key)
             while len(self._cache) > self.config.grammar_cache_size:
                 self._cache.popitem(last=False)[1].cancel()  # if nobody has begun with it
@@ -145,13 +149,24 @@ class GrammarCompiler:
     def prepare(self) -> None:
         """Read the vocabulary now (0.2 s for 49,152 tokens), not with the first request."""
         if self._eos_token_ids:
-            self._threads.submit(self._read_vocabulary).exception()
+            self._start(self._read_vocabulary).exception()
+
+    def _start[**P, T](
+        self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs
+    ) -> Future[T]:
+        """Call a function in a thread that has stack enough for the largest grammar."""
+        size = STACK_PER_CHARACTER * self.config.max_grammar_size
+        before = threading.stack_size(max(size + -size % (1 << 20), 8 << 20))
+        try:
+            return self._threads.submit(function, *arguments, **keywords)
+        finally:
+            threading.stack_size(before)
 
     def _compile(self, kind: str, source: str, compact: bool) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
         vocabulary = self._read_vocabulary()
-        limits = LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(max_grammar_size=MAX_SYMBOLS, verbose_errors=False)
         try:
             grammar = _translate(kind, source, compact)
             start = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
@@ -159,8 +174,10 @@ class GrammarCompiler:
             refuse(kind, f"is not valid: {_short(str(error))}")
         if start.is_error():
             refuse(kind, f"is not valid: {_short(start.get_error())}")
-        if start.deep_copy().compute_bitmask() and start.is_stopped() and not start.is_accepting():
-            refuse(kind, "matches no text")
+        first = start.deep_copy()
+        first.compute_bitmask()
+        if first.is_error() or (first.is_stopped() and not first.is_accepting()):
+            refuse(kind, f"matches no text, or is too complex: {_short(first.get_error())}")
         num_words = -(-vocabulary.vocab_size // 32)
         return Grammar(start, self._eos_token_ids, num_words)
 
