@@ -31,7 +31,8 @@ NUM_THREADS = 2
 # The library recurses where rules nest: 60,000 characters of rules that name each other overflow
 # a thread's usual 8 MB, and that ends the process.
 STACK_PER_CHARACTER = 1 << 10  # bytes
-MAX_SYMBOLS = 50_000  # of a grammar: a mask may then take tens of milliseconds, but no seconds
+# Bounds on the library's work: of a grammar, and for one mask.
+MAX_SYMBOLS, MAX_ITEMS = 50_000, 20_000
 # Between two parts of JSON: enough to indent by, and an end for models that love line breaks.
 WHITESPACE = r"[ \n\r\t]{1,40}"
 
@@ -166,7 +167,9 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         vocabulary = self._read_vocabulary()
-        limits = LLParserLimits(max_grammar_size=MAX_SYMBOLS, verbose_errors=False)
+        limits = LLParserLimits(
+            max_grammar_size=MAX_SYMBOLS, step_max_items=MAX_ITEMS, verbose_errors=False
+        )
         try:
             grammar = _translate(kind, source, compact)
             start = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)

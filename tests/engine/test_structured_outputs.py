@@ -15,8 +15,8 @@ from speculation_cases import ARRIVALS, SCHEDULES, K, assert_equal, generate, re
 from tiny_engine import GREEDY, options_of, run
 
 from arctic_jax import EngineConfig, SamplingParams, StructuredOutputsParams
+from arctic_jax.engine import replicas
 from arctic_jax.engine.core import EngineCore
-from arctic_jax.engine.replicas import ReplicatedEngine
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.request import CompletionOutput
 from arctic_jax.structured_outputs import StructuredOutputsConfig
@@ -201,6 +201,7 @@ def test_any_schedule(
     check_any_schedule(engine, requests, arrivals, rate, seed)
 
 
+@pytest.mark.slow  # the programs of four devices take long to compile
 @settings(SCHEDULES, max_examples=5)
 @given(REQUESTS, ARRIVALS)
 def test_any_schedule_in_both_layouts(
@@ -269,17 +270,16 @@ def test_nothing_is_compiled_for_a_grammar(engine: EngineCore) -> None:
     assert not [event for event in found if "backend_compile" in event]
 
 
-def test_replicas_share_grammars(model: Path) -> None:
-    few = {"max_num_seqs": 1, "max_num_batched_tokens": 4, "max_model_len": 64}
-    options = options_of(model=str(model), data_parallel_size=2, **few)
-    replicas = ReplicatedEngine(EngineConfig.from_keywords(**options))
-    for i in range(4):
-        replicas.add_request(str(i), PROMPT, structured(regex="(ab){3}"))
-    assert {output.outputs[0].text for output in run(replicas).values()} == {"ababab"}
-    assert len(replicas.grammars._cache) == 1
+def test_replicas_share_grammars(engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "EngineCore", lambda *_, **__: engine)
+    many = replicas.ReplicatedEngine(engine.config, files=engine.files)
+    for i in range(3):
+        many.add_request(str(i), PROMPT, structured(regex="(ab){3}"))
+    assert many.grammars is engine.grammars
+    assert {output.outputs[0].text for output in run(many).values()} == {"ababab"}
 
 
-NAMED_IN_TURN = "\n".join(["start: r0", *(f"r{i}: r{i + 1}" for i in range(4300)), 'r4300: "a"'])
+NAMED_IN_TURN = "\n".join(["start: r0", *(f"r{i}: r{i + 1}" for i in range(5000)), 'r5000: "a"'])
 BAD = [
     ({"json": "{"}, "json", "is not valid"),
     ({"json": "[1]"}, "json", "must be a JSON schema"),
@@ -293,7 +293,7 @@ BAD = [
     ({"regex": "\ud800"}, "regex", "is not valid"),
     ({"grammar": "start: nowhere"}, "grammar", "nowhere"),
     ({"grammar": "root ::= ("}, "grammar", "is not valid"),
-    ({"grammar": "start: " + "a? " * 9999 + '\na: "x"~0..99'}, "grammar", "too complex|too big"),
+    ({"grammar": "start: " + "a? " * 6000 + '\na: "x"~0..99'}, "grammar", "too complex|too big"),
 ]
 
 

@@ -10,8 +10,6 @@ import openai
 import pytest
 from live_server import CLIENT, LiveServer, serve
 
-from arctic_jax.config import EngineConfig
-from arctic_jax.engine.core import EngineCore
 from arctic_jax.serving import reasoning_parsers, tool_parsers
 from arctic_jax.serving.async_engine import AsyncEngine
 from arctic_jax.structured_outputs import StructuredOutputsConfig
@@ -48,9 +46,9 @@ TOOLS[1]["function"]["parameters"]["$defs"] = {"small": {"enum": [1, 2]}}
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[AsyncEngine]:
-    options = {"max_model_len": 256, "max_num_seqs": 2, "max_num_batched_tokens": 64}
-    core = EngineCore(EngineConfig.from_keywords(model=MODEL, **options))
-    engine = AsyncEngine(engine=core)
+    # As in test_server_openai.py, whose programs are then stored.
+    options: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 32}
+    engine = AsyncEngine(MODEL, max_model_len=256, num_blocks=32, **options)
     yield engine
     engine.shutdown()
 
