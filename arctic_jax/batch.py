@@ -31,6 +31,8 @@ class ScheduledRequest:
         samples: the last known token is among them, so that a new one is drawn.
         num_drafted: the last so many are drafted, to be verified.
         num_accepted: how many of those turned out to be right.
+        first_mask: of the step's masks, that of the first row that draws; the next rows have the
+            next ones. -1 if nothing is masked.
     """
 
     request: Request
@@ -40,6 +42,7 @@ class ScheduledRequest:
     samples: bool
     num_drafted: int = 0
     num_accepted: int = 0
+    first_mask: int = -1
 
     @staticmethod
     def plan(request: Request, start: int, max_tokens: int, max_rows: int) -> ScheduledRequest:
@@ -226,6 +229,7 @@ def _rungs(lowest: int, highest: int, between: int) -> list[int]:
         "row_target",
         "row_step",
         "row_draft",
+        "row_mask",
         "state_row",
         "temperature",
         "top_k",
@@ -257,6 +261,7 @@ class ForwardBatch:
             Padding has target 0, so that its draws count for nobody.
         row_step: `[R]` how many tokens were drawn before: with `seed` it makes the random key.
         row_draft: `[R]` the drafted token that the next row comes after; -1 for none.
+        row_mask: `[R]` the mask of tokens that may be drawn, see `SamplerState`; -1 for none.
         state_row: `[S]` row of the sampler's state, or -1 if logits are not adjusted.
         temperature: `[S]`, and so on for the other sampling parameters.
         seed: `[S, 2]` words of a 64-bit seed.
@@ -276,6 +281,7 @@ class ForwardBatch:
     row_target: Array
     row_step: Array
     row_draft: Array
+    row_mask: Array
     state_row: Array
     temperature: Array
     top_k: Array

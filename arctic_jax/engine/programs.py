@@ -65,6 +65,7 @@ class ProgramCache:
             (program, mesh.shape, dispatch.interpreter()),
         )
         self._set_row = self._set_row_program()
+        self._set_masks = self._set_masks_program()
         self._copy = self._copy_program()
 
     def compile(
@@ -146,6 +147,12 @@ class ProgramCache:
         """Replace one request's row of the sampler state, which is donated."""
         return self._set_row(state, np.int32(row), seen, bias)
 
+    def set_masks(
+        self, state: SamplerState, first: int, masks: np.ndarray, rows: np.ndarray
+    ) -> SamplerState:
+        """Make masked biases in the sampler state, which is donated; see `sampler.set_masks`."""
+        return self._set_masks(state, np.int32(first), masks, rows)
+
     def _pool_of_processes(self) -> LoweringPool | None:
         if self._pool is None and self._processes:
             self._pool = LoweringPool(self._program, self._mesh, self._processes)
@@ -193,10 +200,25 @@ class ProgramCache:
             jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype, sharding=rows.sharding)
             for rows in (state.seen, state.bias)
         )
+        return self._state_program(sampler.set_row, state, seen, bias)
+
+    def _set_masks_program(self) -> Compiled:
+        state = self._program.state(self._mesh)
+        shape = (sampler.MASKS_A_CALL, -(-state.bias.shape[1] // 32))
+        masks, rows = (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=state.bias.sharding)
+            for shape in (shape, shape[:1])
+        )
+        return self._state_program(sampler.set_masks, state, masks, rows)
+
+    def _state_program(
+        self, function: Callable[..., SamplerState], state: SamplerState, *values: Any
+    ) -> Compiled:
+        """Return the program that puts `values` at a row of the sampler state."""
         row = jax.ShapeDtypeStruct((), jnp.int32, sharding=state.seen.sharding)
-        arguments = (state, row, seen, bias)
-        program = self._store.load("set_row", arguments, state)
+        arguments = (state, row, *values)
+        program = self._store.load(function.__name__, arguments, state)
         if program is None:
-            program = jax.jit(sampler.set_row, donate_argnums=0).lower(*arguments).compile()
-            self._store.save("set_row", program)
+            program = jax.jit(function, donate_argnums=0).lower(*arguments).compile()
+            self._store.save(function.__name__, program)
         return program
