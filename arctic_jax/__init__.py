@@ -1,4 +1,4 @@
-"""arctic_jax: LLM inference in JAX, with the six names most users need.
+"""arctic_jax: LLM inference in JAX, with the names most users need.
 
 `LLM` is loaded on first use, so that `import arctic_jax.pallas_kernels` costs no engine.
 """
@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING
 from arctic_jax.config import EngineConfig as EngineConfig
 from arctic_jax.request import RequestOutput as RequestOutput
 from arctic_jax.request import SamplingParams as SamplingParams
+from arctic_jax.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 if TYPE_CHECKING:
     from arctic_jax.llm import LLM as LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

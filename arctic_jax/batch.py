@@ -35,6 +35,8 @@ class ScheduledRequest:
         parents: of each drafted token the index of the one that it follows, -1 for the last known
             token; empty if each follows the one before it.
         accepted: of a draft with `parents` the indices of the tokens that turned out to be right.
+        first_mask: of the step's masks, that of the first row that draws; the next rows have the
+            next ones. -1 if nothing is masked.
     """
 
     request: Request
@@ -46,6 +48,7 @@ class ScheduledRequest:
     num_accepted: int = 0
     parents: Sequence[int] = ()
     accepted: Sequence[int] = ()
+    first_mask: int = -1
 
     @staticmethod
     def plan(request: Request, start: int, max_tokens: int, max_rows: int) -> ScheduledRequest:
@@ -254,6 +257,7 @@ def _rungs(lowest: int, highest: int, between: int) -> list[int]:
         "row_step",
         "row_draft",
         "draft_mask",
+        "row_mask",
         "state_row",
         "temperature",
         "top_k",
@@ -288,6 +292,7 @@ class ForwardBatch:
         draft_mask: `[T]` which tokens before it a token sees, see `paged_attention`; `None` where
             there are no drafts that are trees. Their tokens lie in the cache one after the other,
             as if they were a path, but have the positions that they would have in the answer.
+        row_mask: `[R]` the mask of tokens that may be drawn, see `SamplerState`; -1 for none.
         state_row: `[S]` row of the sampler's state, or -1 if logits are not adjusted.
         temperature: `[S]`, and so on for the other sampling parameters.
         seed: `[S, 2]` words of a 64-bit seed.
@@ -308,6 +313,7 @@ class ForwardBatch:
     row_step: Array
     row_draft: Array
     draft_mask: Array | None
+    row_mask: Array
     state_row: Array
     temperature: Array
     top_k: Array

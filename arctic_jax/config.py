@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from arctic_jax.errors import UnsupportedModelError
 from arctic_jax.speculative_config import SpeculativeConfig
+from arctic_jax.structured_outputs import StructuredOutputsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -326,6 +327,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    structured_outputs: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> EngineConfig:
@@ -369,6 +371,7 @@ _PARTS = {
     "parallel": ParallelConfig,
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
+    "structured_outputs": StructuredOutputsConfig,
 }
 
 

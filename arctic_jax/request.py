@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from arctic_jax.errors import InvalidRequestError
+from arctic_jax.structured_outputs import GrammarMatcher, StructuredOutputsParams
 
 MAX_N = 128
 MAX_STOP_STRINGS = 16
@@ -60,6 +61,7 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         logit_bias: added to the logits of these token ids.
         allowed_token_ids: only these may be generated.
+        structured_outputs: the form that the answer has to have.
         output_kind: which states of the request are reported.
     """
 
@@ -87,6 +89,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: list[int] | tuple[int, ...] | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """Check every range that does not depend on the model.
@@ -134,6 +137,11 @@ class SamplingParams:
             _refuse("seed", self.seed, "must be a 64-bit integer")
         if not isinstance(self.output_kind, RequestOutputKind):
             _refuse("output_kind", self.output_kind, "must be a RequestOutputKind")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            why = "must be StructuredOutputsParams"
+            _refuse("structured_outputs", self.structured_outputs, why)
+        if self.structured_outputs and self.ignore_eos:
+            _refuse("ignore_eos", self.ignore_eos, "must be false with structured_outputs")
         self._check_lists()
 
     def _check_finite(self, name: str) -> None:
@@ -187,7 +195,7 @@ class SamplingParams:
 
     @functools.cached_property
     def adjusts_logits(self) -> bool:
-        """Whether logits depend on earlier tokens or on lists of tokens."""
+        """Whether logits depend on earlier tokens, on lists of tokens, or on a grammar."""
         return bool(
             self.presence_penalty
             or self.frequency_penalty
@@ -196,6 +204,7 @@ class SamplingParams:
             or self.allowed_token_ids
             or self.bad_words
             or self.min_tokens
+            or self.structured_outputs
         )
 
 
@@ -313,6 +322,8 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    matcher: GrammarMatcher | None = None
+    """What `params.structured_outputs` asks for, as far as the output has come."""
     arrival_time: float = field(default_factory=time.monotonic)
 
     status: RequestStatus = RequestStatus.WAITING
@@ -388,6 +399,11 @@ class Request:
         self.num_pending = 0
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
+    def keep_allowed_draft(self) -> None:
+        """Cut the draft where the grammar does not allow it: it would be verified in vain."""
+        if self.matcher is not None and self.draft:
+            self.draft = self.draft[: self.matcher.allowed_prefix(self.draft)]
+
     @property
     def max_draft_len(self) -> int:
         """Most tokens after the known ones that may be drafted, whoever drafts them.
@@ -407,12 +423,28 @@ class Request:
         return self.num_pending > 1
 
     @property
+    def holds_others_up(self) -> bool:
+        """Whether it waits for tokens, and others of its kind wait with it."""
+        # Who has just begun holds nobody up: or else many that begin in turn hold up all others.
+        return self.verifies or (self.is_structured and 0 < self.num_pending < self.num_drawn)
+
+    @property
     def waits_for_tokens(self) -> bool:
         """Whether what comes next cannot be computed before the pending tokens are known."""
         if not self.num_pending:
             return False
-        host_decides = self.params.bad_words or self.params.min_tokens
+        host_decides = self.params.bad_words or self.params.min_tokens or self.is_structured
         return bool(host_decides or self.draft) or self.verifies or self.all_drawn
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether its tokens follow a grammar: what may come next is the host's to say."""
+        return self.matcher is not None
+
+    @property
+    def goes_with_others(self) -> bool:
+        """Whether it sits every other step out, and so waits for others that do."""
+        return bool(self.draft) or self.is_structured
 
     @property
     def all_drawn(self) -> bool:

@@ -22,6 +22,7 @@ from arctic_jax.errors import EngineDeadError
 from arctic_jax.llm import Prompt, parse_prompt
 from arctic_jax.progress import bars
 from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.serving.structured_outputs import compile_grammar
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,12 @@ class AsyncEngine:
         params = sampling_params or self.engine.default_sampling_params()
         request_id = request_id or f"request-{next(self._ids)}"
         text, ids, salt = await asyncio.to_thread(parse_prompt, prompt, self.engine)
+        form = params.structured_outputs
+        grammar = None if form is None else await compile_grammar(self.engine.grammars, form)
         mailbox = _Mailbox(asyncio.get_running_loop())
 
         def add() -> None:
-            self.engine.add_request(request_id, ids, params, text, priority, salt)
+            self.engine.add_request(request_id, ids, params, text, priority, salt, grammar)
             self._mailboxes[request_id] = mailbox
 
         try:

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 from arctic_jax.request import CompletionOutput, RequestOutput, RequestOutputKind
-from arctic_jax.serving.chat_prompt import check_tools, render
+from arctic_jax.serving.chat_prompt import check_tools, must_call, render
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.generation import Generation
 from arctic_jax.serving.logprobs import chat_logprobs, prompt_logprobs
@@ -23,6 +23,7 @@ from arctic_jax.serving.protocol import (
     ToolCall,
 )
 from arctic_jax.serving.served_model import ServedModel
+from arctic_jax.serving.structured_outputs import structured_outputs
 from arctic_jax.serving.usage import UsageCounter
 
 
@@ -71,11 +72,17 @@ class ChatCall:
             message = f"top_logprobs must be non-negative, got {request.top_logprobs}."
             raise APIError(400, message, "top_logprobs")
         given = request.max_completion_tokens
+        form = await structured_outputs(
+            request,
+            model.engine.engine.grammars,
+            model.options.tool_parser if must_call(request) else None,
+        )
         params = model.sampling_params(
             request,
             request.max_tokens if given is None else given,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
+            structured_outputs=form,
         )
         prompt = await render(model, request, with_tools=uses_tools)
         encoded = await model.encode(
@@ -164,7 +171,9 @@ class _Splitter:
 
     def __init__(self, call: ChatCall) -> None:
         options = call._model.options
-        kind = options.reasoning_parser
+        # An answer that has a form is that form from its beginning.
+        free = call.generation.params.structured_outputs is None
+        kind = options.reasoning_parser if free else None
         self._reasoning = None if kind is None else kind(call._prompt)
         tools = options.tool_parser if call._uses_tools else None
         self._tools = None if tools is None else tools()

@@ -42,9 +42,11 @@ def check_tools(request: ChatCompletionRequest, options: ServedOptions) -> bool:
             raise APIError(400, message, "tools")
     if choice == "none":
         return False
-    if choice not in (None, "auto"):
-        message = f"tool_choice {str(choice)[:200]!r} needs structured output: not supported yet."
-        raise APIError(400, message, "tool_choice")
+    if must_call(request):
+        if options.tool_parser is None:
+            message = "a tool_choice that must be kept requires --tool-call-parser to be set"
+            raise APIError(400, message, "tool_choice")
+        return True
     if not options.enable_auto_tool_choice or options.tool_parser is None:
         raise APIError(
             400,
@@ -53,6 +55,11 @@ def check_tools(request: ChatCompletionRequest, options: ServedOptions) -> bool:
             "tool_choice",
         )
     return True
+
+
+def must_call(request: ChatCompletionRequest) -> bool:
+    """Whether the answer has to be calls: of some tool, or of one that is named."""
+    return bool(request.tools) and request.tool_choice not in (None, "none", "auto")
 
 
 async def render(

@@ -17,6 +17,7 @@ from arctic_jax.serving.protocol import (
     CompletionResponse,
 )
 from arctic_jax.serving.served_model import ServedModel
+from arctic_jax.serving.structured_outputs import structured_outputs
 from arctic_jax.serving.usage import UsageCounter
 
 
@@ -63,12 +64,14 @@ class CompletionCall:
         if request.echo and wanted is None:
             wanted = request.logprobs
         max_tokens = 1 if request.echo and request.max_tokens == 0 else request.max_tokens
+        form = await structured_outputs(request, model.engine.engine.grammars)
         params = model.sampling_params(
             request,
             max_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=wanted,
             output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
+            structured_outputs=form,
         )
         prompts = await model.encode(
             request.prompt,

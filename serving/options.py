@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from arctic_jax.config import CacheConfig, LoadConfig, ParallelConfig, SchedulerConfig
+from arctic_jax.structured_outputs import StructuredOutputsConfig
 
 if TYPE_CHECKING:
     from arctic_jax import LLM
@@ -100,6 +101,18 @@ def engine_options(
             help='Drafts: JSON, such as {"method": "suffix"}; see docs/speculative-decoding.md.'
         ),
     ] = None,
+    max_grammar_size: Annotated[
+        int, _option(help="Most characters of a schema or grammar that a request brings.")
+    ] = StructuredOutputsConfig.max_grammar_size,
+    max_schema_depth: Annotated[
+        int, _option(help="Most objects and arrays within each other in a schema.")
+    ] = StructuredOutputsConfig.max_schema_depth,
+    grammar_time_limit: Annotated[
+        float, _option(help="Seconds for compiling a grammar.")
+    ] = StructuredOutputsConfig.grammar_time_limit,
+    grammar_cache_size: Annotated[
+        int, _option(help="Compiled grammars that are kept.")
+    ] = StructuredOutputsConfig.grammar_cache_size,
     implementation: Annotated[
         str | None, _option(help="Of every kernel: xla or mosaic_gpu; by default the best here.")
     ] = LoadConfig.implementation,

@@ -59,11 +59,6 @@ Strings = Annotated[list[str], Field(fail_fast=True), BeforeValidator(_as_list)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 UNSUPPORTED = {
-    "structured_outputs": "structured output",
-    "guided_json": "structured output",
-    "guided_regex": "structured output",
-    "guided_choice": "structured output",
-    "guided_grammar": "structured output",
     "use_beam_search": "beam search",
     "prompt_embeds": "prompts as embeddings",
     "logits_processors": "custom logits processors",
@@ -109,6 +104,7 @@ class SamplingFields(BaseModel):
     allowed_token_ids: Integers | None = None
     prompt_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
     priority: int = 0

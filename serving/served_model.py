@@ -107,6 +107,7 @@ class ServedModel:
             self.default_sampling = dataclasses.replace(
                 default, **options.override_generation_config
             )
+            core.grammars.prepare()
             slots = sum(c.scheduler.limits.max_num_seqs for c in core.cores)
             self.admission = Admission(options.limits, slots, self._queued_tokens)
         else:
@@ -196,10 +197,6 @@ class ServedModel:
         if request.stream and request.prompt_logprobs is not None:
             message = "prompt_logprobs cannot be used with stream=true."
             raise APIError(400, message, "prompt_logprobs")
-        form = (request.response_format or {"type": "text"}).get("type")
-        if form != "text":
-            message = f"response_format of type {form!r:.100} is not supported yet."
-            raise APIError(400, message, "response_format")
         for name, what in UNSUPPORTED.items():
             if (request.model_extra or {}).get(name) not in (None, False):
                 raise APIError(400, f"{name}: {what} is not supported yet.", name)

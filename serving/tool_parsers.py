@@ -7,14 +7,22 @@ complete: half a call helps nobody, and what turns out to be none stays text.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from arctic_jax.serving.protocol import FunctionCall, ToolCall
 from arctic_jax.serving.reasoning_parsers import held_back
 
 
 class ToolParser:
-    """Finds calls in the text of one answer."""
+    """Finds calls in the text of one answer.
+
+    Attributes:
+        around_calls: what is written before and after a call, and between two.
+        arguments_key: under which a call has its arguments.
+    """
+
+    around_calls: ClassVar[tuple[str, str, str]]
+    arguments_key: ClassVar[str]
 
     def __init__(self) -> None:
         self._held = ""
@@ -46,6 +54,8 @@ class HermesToolParser(ToolParser):
 
     start = "<tool_call>"
     end = "</tool_call>"
+    around_calls = "<tool_call>\n", "\n</tool_call>", "\n"
+    arguments_key = "arguments"
     _after_call = False  # where line breaks separate calls, and are no answer
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
@@ -100,6 +110,8 @@ class Llama3JsonToolParser(ToolParser):
     """
 
     tag = "<|python_tag|>"
+    around_calls = "", "", "; "
+    arguments_key = "parameters"
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ import jax
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.drafter_files import open_drafter
+from arctic_jax.engine.grammar_compiler import Grammar, GrammarCompiler
 from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
@@ -79,6 +80,12 @@ class EngineCore:
         )
         self.proposer = build_proposer(config.speculative)
         self.outputs = OutputProcessor(self.tokenizer)
+        self.grammars = GrammarCompiler(
+            self.tokenizer,
+            model_config.vocab_size,
+            self.files.eos_token_ids,
+            config.structured_outputs,
+        )
         self.step_log = StepLog(config.scheduler.step_log, replica)
         self._replica = replica
         self._groups: dict[str, RequestGroup] = {}
@@ -96,8 +103,12 @@ class EngineCore:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request.
+
+        The grammar of `params.structured_outputs` is compiled here, unless the caller has done it,
+        so as not to hold up this thread.
 
         Raises:
             InvalidRequestError: the prompt or a parameter does not fit the model, or the id is in
@@ -113,6 +124,8 @@ class EngineCore:
             raise InvalidRequestError(
                 f"cache_salt must be a non-empty string, got {cache_salt!r:.100}", "cache_salt"
             )
+        if params.structured_outputs is not None and grammar is None:
+            grammar = self.grammars.compile(params.structured_outputs)
         room = self.max_model_len - len(ids)
         bad_words = tuple(word for w in params.bad_words or () for word in self._spellings(w))
         members = []
@@ -131,6 +144,7 @@ class EngineCore:
                 priority=priority,
                 cache_salt=cache_salt,
                 bad_words_ids=bad_words,
+                matcher=None if grammar is None else grammar.matcher(),
             )
             members.append(request)
         group = RequestGroup(request_id, prompt, members)
@@ -181,6 +195,8 @@ class EngineCore:
             part for part in live if part.request.status is RequestStatus.RUNNING
         )
         self.proposer.propose(step.scheduled, output)
+        for request in {part.request for part in live}:
+            request.keep_allowed_draft()
         return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:

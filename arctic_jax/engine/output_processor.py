@@ -135,6 +135,7 @@ class OutputProcessor:
         request.first_token_time = request.first_token_time or now
         request.last_token_time = now
         request.take_token(token)
+        complete = request.matcher is not None and request.matcher.accept(token)
         if params.logprobs is not None:
             request.cumulative_logprob += float(output.logprob[row])
             alternatives = self._logprobs(output, row, token, params.logprobs)
@@ -151,6 +152,8 @@ class OutputProcessor:
             stop = stream.push(token, may_stop and status is None)
             if stop is not None:
                 status, request.stop_reason = RequestStatus.STOPPED, stop
+        if status is None and complete:
+            status = RequestStatus.STOPPED
         if status is None and len(request.output_token_ids) >= request.max_tokens:
             status = RequestStatus.LENGTH
         if stream is not None and (status is not None or group.reports):

@@ -91,7 +91,11 @@ class StepPacker:
         views["row_step"][:R] = np.arange(R) + (steps - row_ends + rows)[row_seq]
         views["row_target"][:R] = -1
         views["row_draft"][:] = -1
+        views["row_mask"][:] = -1
         for part, end in zip(parts, row_ends.tolist(), strict=True):
+            if part.first_mask >= 0:
+                masks = part.first_mask + np.arange(part.num_draws)
+                views["row_mask"][end - part.num_draws : end] = masks
             if part.num_extra_rows:  # each is followed by a token that it predicts or verifies
                 after = part.request.token_ids[part.end - part.num_rows + 1 :]
                 name = "row_draft" if part.num_drafted else "row_target"

@@ -66,6 +66,7 @@ class ProgramCache:
         )
         self._set_row = self._set_row_program()
         self._move: Compiled | None = None
+        self._set_masks = self._set_masks_program()
         self._copy = self._copy_program()
 
     def compile(
@@ -152,7 +153,7 @@ class ProgramCache:
     def move(self, cache: KVCache, slots: Sequence[tuple[int, int]]) -> KVCache:
         """Copy tokens in the cache, which is donated, from slot to slot.
 
-        One after the other, so that a slot may be read only before it is written.
+        No slot may be read by a later pair than the one that writes it.
         """
         assert self._move is not None, "no step has drafts that are trees"
         for begin in range(0, len(slots), MOVES_A_CALL):
@@ -161,6 +162,12 @@ class ProgramCache:
             padded[:, : len(some)] = np.transpose(some)
             cache = self._move(cache, padded)
         return cache
+
+    def set_masks(
+        self, state: SamplerState, first: int, masks: np.ndarray, rows: np.ndarray
+    ) -> SamplerState:
+        """Make masked biases in the sampler state, which is donated; see `sampler.set_masks`."""
+        return self._set_masks(state, np.int32(first), masks, rows)
 
     def _pool_of_processes(self) -> LoweringPool | None:
         if self._pool is None and self._processes:
@@ -218,10 +225,25 @@ class ProgramCache:
             jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype, sharding=rows.sharding)
             for rows in (state.seen, state.bias)
         )
+        return self._state_program(sampler.set_row, state, seen, bias)
+
+    def _set_masks_program(self) -> Compiled:
+        state = self._program.state(self._mesh)
+        shape = (sampler.MASKS_A_CALL, -(-state.bias.shape[1] // 32))
+        masks, rows = (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=state.bias.sharding)
+            for shape in (shape, shape[:1])
+        )
+        return self._state_program(sampler.set_masks, state, masks, rows)
+
+    def _state_program(
+        self, function: Callable[..., SamplerState], state: SamplerState, *values: Any
+    ) -> Compiled:
+        """Return the program that puts `values` at a row of the sampler state."""
         row = jax.ShapeDtypeStruct((), jnp.int32, sharding=state.seen.sharding)
-        arguments = (state, row, seen, bias)
-        program = self._store.load("set_row", arguments, state)
+        arguments = (state, row, *values)
+        program = self._store.load(function.__name__, arguments, state)
         if program is None:
-            program = jax.jit(sampler.set_row, donate_argnums=0).lower(*arguments).compile()
-            self._store.save("set_row", program)
+            program = jax.jit(function, donate_argnums=0).lower(*arguments).compile()
+            self._store.save(function.__name__, program)
         return program

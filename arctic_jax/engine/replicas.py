@@ -14,6 +14,7 @@ import jax
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.grammar_compiler import Grammar, GrammarCompiler
 from arctic_jax.engine.step_log import StepLog
 from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.progress import Report, silent
@@ -65,14 +66,17 @@ class ReplicatedEngine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request, see `EngineCore.add_request`."""
+        if params.structured_outputs is not None and grammar is None:
+            grammar = self.grammars.compile(params.structured_outputs)
         loads = [engine.scheduler.num_requests for engine in self.engines]
         # An id in use goes where it is in use, and is refused there.
         least = self._engine_of.get(request_id, loads.index(min(loads)))
         with self._locks[least]:
             self.engines[least].add_request(
-                request_id, prompt_token_ids, params, prompt, priority, cache_salt
+                request_id, prompt_token_ids, params, prompt, priority, cache_salt, grammar
             )
         self._engine_of[request_id] = least
 
@@ -111,6 +115,11 @@ class ReplicatedEngine:
     def cores(self) -> list[EngineCore]:
         """The engines."""
         return self.engines
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles for all engines."""
+        return self.engines[0].grammars
 
     @property
     def step_logs(self) -> list[StepLog]:

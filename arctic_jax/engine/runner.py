@@ -36,6 +36,7 @@ from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
 from arctic_jax.engine import program_store
 from arctic_jax.engine.crossover import Crossover, CrossoverStore, probe, tokens_to_measure
 from arctic_jax.engine.drafter_files import DrafterFiles
+from arctic_jax.engine.grammar_masks import GrammarMasks
 from arctic_jax.engine.layout_picker import LayoutPicker
 from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
@@ -162,6 +163,7 @@ class ModelRunner:
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
         buckets = [bucket for ladder in self._ladders.values() for bucket in ladder]
         max_rows = max(bucket.num_rows for bucket in buckets)
+        self.max_masks = self.max_num_seqs + (self.max_extra_rows if max_draft_len else 0)
         program = StepProgram(
             model_class,
             model_config,
@@ -171,6 +173,7 @@ class ModelRunner:
             self.cache_spec,
             self.max_blocks_per_seq,
             self.max_num_seqs,
+            self.max_masks,
             max_rows,
             config.scheduler.max_logprobs,
             max_draft_len,
@@ -193,13 +196,15 @@ class ModelRunner:
             )
         replicated = NamedSharding(self.mesh, PartitionSpec())
         self.state = jax.device_put(
-            SamplerState.zeros(self.max_num_seqs, model_config.vocab_size), replicated
+            SamplerState.zeros(self.max_num_seqs, model_config.vocab_size, self.max_masks),
+            replicated,
         )
         self._num_drafted = drafting.num_tokens if drafting else 0
         width = StepOutput.width(config.scheduler.max_logprobs, self._num_drafted)
         self._output = jax.device_put(np.zeros((max_rows, width), np.int32), replicated)
         self.packer = self._new_packer()
         self._rows = SamplerRows(model_config.vocab_size)
+        self._masks = GrammarMasks(model_config.vocab_size)
         decode = [bucket for bucket in buckets if bucket.max_query_len == 1]
         largest = max(packed_size(bucket, self.max_blocks_per_seq) for bucket in decode)
         self._guards = _set_room_aside(4 * max(largest, self._output.size), self.mesh)
@@ -215,6 +220,8 @@ class ModelRunner:
             row = self._rows.changed(part.request) if part.samples else None
             if row is not None:
                 self.state = self.programs.set_row(self.state, part.request.slot, *row)
+        for masks in self._masks.fill(scheduled):
+            self.state = self.programs.set_masks(self.state, *masks)
         layout, bucket = self.picker.pick(scheduled)
         packed = self.packer.pack(scheduled, bucket)
         launched = time.perf_counter()
@@ -359,7 +366,8 @@ class ModelRunner:
         largest = self._ladders[layout][-1]
         workspace = self.programs.workspace_bytes(layout, largest, self.max_blocks_per_seq)
         workspace -= self.max_blocks_per_seq * per_device  # the cache itself is among the outputs
-        state = SamplerState.bytes(self.max_num_seqs, self.model_config.vocab_size)
+        vocab_size = self.model_config.vocab_size
+        state = SamplerState.bytes(self.max_num_seqs, vocab_size, self.max_masks)
         free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
         budget = free - state - int(1.2 * workspace)
         # Stored programs have this number in their shapes, and free memory differs a little from

@@ -84,8 +84,8 @@ class Scheduler:
         tokens, rows = self.limits.max_num_batched_tokens, self.max_extra_rows
         streams = sum(r.is_streaming for r in self.running)
         prefill = max(self.limits.max_num_mixed_tokens - streams, 1) if streams else tokens
-        # Those with drafts wait for each other, and so share their steps from then on.
-        verifying = any(r.verifies for r in self.running)
+        # Those that wait for their tokens wait for each other, too, and so share their steps.
+        held_up = any(r.holds_others_up for r in self.running)
         preempted = False
 
         i = 0
@@ -95,7 +95,8 @@ class Scheduler:
             most = tokens if missing == 1 else min(tokens, prefill)
             part = ScheduledRequest.plan(request, request.num_computed_tokens, most, rows)
             # Without tokens: none, or no rows, are left for its prompt.
-            if part.num_tokens < 1 or request.waits_for_tokens or (verifying and request.draft):
+            waits = held_up and part.samples and request.goes_with_others
+            if part.num_tokens < 1 or request.waits_for_tokens or waits:
                 i += 1
                 continue
             if part.num_drafted and not self._extend(request, part.end):

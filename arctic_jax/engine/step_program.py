@@ -65,6 +65,7 @@ class StepProgram:
         cache: shapes of the cache, the drafter's layers last; its type is that of the parameters.
         max_blocks_per_seq: columns of a block table.
         max_num_seqs: rows of the sampler's state.
+        max_masks: rows of masked biases in it.
         max_rows: of `output`.
         max_logprobs: most likely tokens in it.
         max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
@@ -79,6 +80,7 @@ class StepProgram:
     cache: KVCacheSpec
     max_blocks_per_seq: int
     max_num_seqs: int
+    max_masks: int
     max_rows: int
     max_logprobs: int
     max_draft_len: int = 0
@@ -129,10 +131,9 @@ class StepProgram:
 
     def state(self, mesh: Mesh) -> SamplerState:
         """Return the abstract state of the sampler."""
-        shape = (self.max_num_seqs, self.model_config.vocab_size)
-        return SamplerState(
-            seen=_abstract(shape, jnp.int32, mesh), bias=_abstract(shape, jnp.float32, mesh)
-        )
+        vocab_size = self.model_config.vocab_size
+        shapes = SamplerState.shapes(self.max_num_seqs, vocab_size, self.max_masks)
+        return jax.tree.map(lambda array: _abstract(array.shape, array.dtype, mesh), shapes)
 
     def output(self, mesh: Mesh) -> Any:
         """Return the abstract output of a step."""

@@ -51,6 +51,13 @@ class Draft:
             draft_tree.reorder(parents, order),
         )
 
+    def first_path(self) -> Draft:
+        """Return what is left of a tree without its branches."""
+        if not self.parents:
+            return self
+        length = draft_tree.path_length(self.parents)
+        return Draft(self.token_ids[:length], self.probs[:length], sum(self.probs[:length]))
+
     def expected_after(self, num_tokens: int) -> float:
         """Return how many tokens should be accepted beside the next so many."""
         if not self.parents:
@@ -222,6 +229,8 @@ class HostProposer:
 
     def _keep_if_worth(self, request: Request, draft: Draft) -> None:
         progress = self._progress[request]
+        if request.is_structured:  # a grammar follows one path
+            draft = draft.first_path()
         # What is being drawn already comes without a draft.
         gain = draft.expected_after(request.num_pending)
         if not draft.token_ids or (self.config.adaptive and not progress.acceptance.allows(gain)):

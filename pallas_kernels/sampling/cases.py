@@ -12,7 +12,7 @@ import numpy as np
 from arctic_jax.pallas_kernels.sampling.reference import IN_PROMPT
 
 TOLERANCE = {"float32": 0.0}  # tokens, not numbers
-STATE_ROWS = 3
+STATE_ROWS, BIAS_ROWS = 3, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,14 @@ class Params:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     state_row: int = -1
-    allowed: int | None = None  # tokens that the bias of its state row does not forbid
+    own_bias_row: int | None = None  # another than `state_row`
+    allowed: int | None = None  # tokens that its row of the bias does not forbid
     damage: float | None = None  # in place of one of its logits
+
+    @property
+    def bias_row(self) -> int:
+        """The row of the bias."""
+        return self.state_row if self.own_bias_row is None else self.own_bias_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,7 @@ EXTREMES = (
     Params(temperature=1.0, min_p=1.0),
     Params(temperature=1.0, state_row=1, allowed=2),
     Params(temperature=1.0, state_row=1, allowed=2, top_k=5, top_p=0.99),
+    Params(temperature=1.0, state_row=1, own_bias_row=3, allowed=7, repetition_penalty=1.2),
 )
 DAMAGED = (
     Params(damage=np.nan),
@@ -128,15 +135,15 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
     seen = rng.integers(0, 3, (STATE_ROWS, V)) | np.where(
         rng.random((STATE_ROWS, V)) < 0.5, IN_PROMPT, 0
     )
-    bias = rng.normal(size=(STATE_ROWS, V)).astype(np.float32)
+    bias = rng.normal(size=(BIAS_ROWS, V)).astype(np.float32)
     for row, params in enumerate(case.rows):
         if params.damage is not None:
             logits[row, rng.integers(V)] = params.damage
         if params.allowed is not None:
-            bias[params.state_row, params.allowed :] = -np.inf
+            bias[params.bias_row, params.allowed :] = -np.inf
     if poison is not None:
-        used = {params.state_row for params in case.rows}
-        bias[[row for row in range(STATE_ROWS) if row not in used]] = poison
+        used = {params.bias_row for params in case.rows}
+        bias[[row for row in range(BIAS_ROWS) if row not in used]] = poison
     floats = ("repetition_penalty", "frequency_penalty", "presence_penalty", "temperature", "min_p")
 
     def each(name: str, dtype: str) -> jax.Array:
@@ -147,6 +154,7 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
         jnp.asarray(seen, jnp.int32),
         jnp.asarray(bias),
         each("state_row", "int32"),
+        each("bias_row", "int32"),
         *(each(name, "float32") for name in floats),
         each("top_k", "int32"),
         each("top_p", "float32"),
@@ -190,13 +198,13 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, 
     logits, seen, bias, *vectors = (np.asarray(a) for a in arguments)
     tokens, finite = np.full(len(logits), np.nan), np.zeros(len(logits))
     for row, x in enumerate(logits.astype(np.float64)):
-        state_row, *penalties, temperature, min_p, top_k, top_p, seed, step = (
+        state_row, bias_row, *penalties, temperature, min_p, top_k, top_p, seed, step = (
             v[row] if v.ndim > 1 else v[row].item() for v in vectors
         )
         if not np.isfinite(x).all():
             continue
         if state_row >= 0:
-            x = _adjusted(x, seen[state_row], bias[state_row].astype(np.float64), *penalties)
+            x = _adjusted(x, seen[state_row], bias[bias_row].astype(np.float64), *penalties)
         if not np.abs(x.max()) <= np.finfo(np.float32).max:
             continue
         finite[row] = 1

@@ -66,6 +66,7 @@ def sampling(
     seen: Array,
     bias: Array,
     state_row: Array,
+    bias_row: Array,
     repetition_penalty: Array,
     frequency_penalty: Array,
     presence_penalty: Array,
@@ -82,7 +83,7 @@ def sampling(
     R, V = logits.shape
     config = config or choose_config(V)
     floats = (repetition_penalty, frequency_penalty, presence_penalty, temperature, top_p)
-    words = [state_row, top_k, farthest(min_p), seed[:, 0], seed[:, 1], step]
+    words = [state_row, bias_row, top_k, farthest(min_p), seed[:, 0], seed[:, 1], step]
     words += [lax.bitcast_convert_type(x, jnp.int32) for x in floats]
     tokens, finite = cluster_row.run(
         functools.partial(_body, vocab=V, config=config),
@@ -101,23 +102,23 @@ def _body(
     row: Row,
     logits_gmem,  # [R, width]
     seen_gmem,  # [N, width]
-    bias_gmem,  # [N, width]
-    words_gmem,  # [R, 11]
+    bias_gmem,  # [B, width]
+    words_gmem,  # [R, 12]
     tokens_gmem,  # [R], written
     finite_gmem,  # [R], written
     *,
     vocab: int,
     config: Config,
 ):
-    words = [words_gmem[row.index, i] for i in range(11)]
-    state_row, top_k, bound, *seed, step = words[:6]
-    floats = [lax.bitcast_convert_type(word, jnp.float32) for word in words[6:]]
+    words = [words_gmem[row.index, i] for i in range(12)]
+    state_row, bias_row, top_k, bound, *seed, step = words[:7]
+    floats = [lax.bitcast_convert_type(word, jnp.float32) for word in words[7:]]
     *penalties, temperature, top_p = floats
 
     found = row.load(logits_gmem, keep=(temperature > 0) | (state_row >= 0))
     damaged, largest, first = lax.cond(
         state_row >= 0,
-        lambda: _adjust(row, seen_gmem, bias_gmem, state_row, penalties, found[0]),
+        lambda: _adjust(row, seen_gmem, bias_gmem, state_row, bias_row, penalties, found[0]),
         lambda: found,
     )
     damaged, *best = row.exchange(0, *(x.astype(jnp.float32) for x in (damaged, largest, first)))
@@ -152,7 +153,13 @@ def _body(
 
 
 def _adjust(
-    row: Row, seen_gmem, bias_gmem, state_row: Array, penalties: list[Array], damaged: Array
+    row: Row,
+    seen_gmem,
+    bias_gmem,
+    state_row: Array,
+    bias_row: Array,
+    penalties: list[Array],
+    damaged: Array,
 ) -> tuple[Array, Array, Array]:
     """Apply penalties and biases.
 
@@ -164,7 +171,7 @@ def _adjust(
     def step(tiles, carry):
         overflown, best = carry
         seen = [row.fetch(seen_gmem, state_row, tile) for tile in tiles]
-        bias = [row.fetch(bias_gmem, state_row, tile) for tile in tiles]
+        bias = [row.fetch(bias_gmem, bias_row, tile) for tile in tiles]
         adjusted = []
         for tile, *state in zip(tiles, seen, bias, strict=True):
             x = row.where_present(tile, adjust(row[tile], *state, *penalties), -jnp.inf)

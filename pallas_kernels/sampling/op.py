@@ -10,8 +10,9 @@ from arctic_jax.pallas_kernels.sampling import mosaic_gpu, reference
 def sampling(
     logits: Float[Array, "R V"],
     seen: Int[Array, "N V"],
-    bias: Float[Array, "N V"],
+    bias: Float[Array, "B V"],
     state_row: Int[Array, " R"],
+    bias_row: Int[Array, " R"],
     repetition_penalty: Float[Array, " R"],
     frequency_penalty: Float[Array, " R"],
     presence_penalty: Float[Array, " R"],
@@ -36,7 +37,8 @@ def sampling(
         seen: what penalties look at: for each token, how often the output has it, plus
             `reference.IN_PROMPT` if the prompt has it.
         bias: added to the logits; -inf forbids a token.
-        state_row: the row of `seen` and `bias`; -1 for neither penalties nor biases.
+        state_row: the row of `seen`; -1 for neither penalties nor biases.
+        bias_row: the row of `bias`; not looked at where `state_row` is -1.
         repetition_penalty: divides positive and multiplies other logits of the tokens seen.
         frequency_penalty: subtracted for each occurrence in the output.
         presence_penalty: subtracted from the tokens that the output has.
@@ -56,9 +58,9 @@ def sampling(
         ValueError: shapes do not fit each other; the values are in the message.
     """
     R, V = logits.shape
-    if seen.shape != bias.shape or seen.shape[1:] != (V,):
+    if seen.shape[1:] != (V,) or bias.shape[1:] != (V,):
         raise ValueError(f"{seen.shape=} and {bias.shape=} do not fit {logits.shape=}")
-    vectors = (state_row, repetition_penalty, frequency_penalty, presence_penalty)
+    vectors = (state_row, bias_row, repetition_penalty, frequency_penalty, presence_penalty)
     vectors += (temperature, min_p, top_k, top_p, step)
     if any(vector.shape != (R,) for vector in vectors) or seed.shape != (R, 2):
         shapes = [vector.shape for vector in vectors]

@@ -18,6 +18,7 @@ def sampling(
     seen: Array,
     bias: Array,
     state_row: Array,
+    bias_row: Array,
     repetition_penalty: Array,
     frequency_penalty: Array,
     presence_penalty: Array,
@@ -36,7 +37,7 @@ def sampling(
             adjust(
                 logits,
                 seen[jnp.maximum(state_row, 0)],
-                bias[jnp.maximum(state_row, 0)],
+                bias[jnp.maximum(bias_row, 0)],
                 repetition_penalty[:, None],
                 frequency_penalty[:, None],
                 presence_penalty[:, None],

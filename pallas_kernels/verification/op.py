@@ -10,8 +10,9 @@ from arctic_jax.pallas_kernels.verification import reference
 def verification(
     logits: Float[Array, "R V"],
     seen: Int[Array, "N V"],
-    bias: Float[Array, "N V"],
+    bias: Float[Array, "B V"],
     state_row: Int[Array, " R"],
+    bias_row: Int[Array, " R"],
     repetition_penalty: Float[Array, " R"],
     frequency_penalty: Float[Array, " R"],
     presence_penalty: Float[Array, " R"],
@@ -68,6 +69,7 @@ def verification(
         seen,
         bias,
         state_row,
+        bias_row,
         repetition_penalty,
         frequency_penalty,
         presence_penalty,

@@ -57,6 +57,7 @@ def make_batch(
         row_step=jnp.asarray(row_step if row_step is not None else [0] * rows, jnp.int32),
         row_draft=jnp.full(rows, -1, jnp.int32),
         draft_mask=None,
+        row_mask=jnp.full(rows, -1, jnp.int32),
         state_row=jnp.asarray([request.get("state_row", -1) for request in requests], jnp.int32),
         top_k=each("top_k", jnp.int32),
         **{name: each(name, jnp.float32) for name in NEUTRAL if name != "top_k"},
