@@ -93,14 +93,10 @@ class OutputProcessor:
         request = part.request
         counting = [row for row in rows if output.token_ids[row] >= 0]  # others follow wrong drafts
         first_position = part.end - part.num_rows
-        for i, row in enumerate(counting):
-            if not output.finite[row]:
-                request.error = (
-                    f"the logits at position {first_position + i} are not finite numbers, or the "
-                    "request's parameters allow no token there"
-                )
-                return RequestStatus.FAILED
         prompt_rows = counting[: part.num_rows - part.num_draws]
+        for i, row in enumerate(prompt_rows):
+            if not output.finite[row]:
+                return self._fail(request, first_position + i)
         if request.wants_prompt_rows:
             for i, row in enumerate(prompt_rows, first_position + 1):
                 token = request.prompt_token_ids[i]
@@ -113,18 +109,28 @@ class OutputProcessor:
     ) -> RequestStatus | None:
         """Append the tokens of rows, all accepted drafts but the last, up to an end."""
         request, status, known = part.request, None, len(part.request.output_token_ids)
-        for row in rows:
-            status = self._take_token(request, row, output, group)
+        for i, row in enumerate(rows):
+            if output.finite[row]:
+                status = self._take_token(request, row, output, group)
+            else:  # what comes after an end may be as it likes
+                status = self._fail(request, part.end - part.num_draws + i)
             if status is not None:
                 break
         if part.num_drafted:
-            part.num_accepted = len(request.output_token_ids) - known - 1
+            part.num_accepted = max(len(request.output_token_ids) - known - 1, 0)
             if part.parents:  # the rows of drafted tokens come after that of the last known one
                 part.accepted = [row - rows[0] - 1 for row in rows[1 : 1 + part.num_accepted]]
             request.num_drafted_tokens += part.num_drafted
             request.num_accepted_tokens += part.num_accepted
             request.drop_pending()
         return status
+
+    def _fail(self, request: Request, position: int) -> RequestStatus:
+        request.error = (
+            f"the logits at position {position} are not finite numbers, or the request's "
+            "parameters allow no token there"
+        )
+        return RequestStatus.FAILED
 
     def _take_token(
         self, request: Request, row: int, output: HostOutput, group: RequestGroup

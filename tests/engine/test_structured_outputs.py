@@ -242,6 +242,14 @@ def test_an_answer_ends_when_nothing_may_follow(engine: EngineCore) -> None:
     assert (found.text, found.finish_reason) == ("abc", "stop")
 
 
+def test_an_end_within_a_draft_leaves_nothing_to_draw(engine: EngineCore) -> None:
+    # After the draft's last token the grammar allows the end alone, and min_tokens forbids it.
+    asked = [(PROMPT, structured(9, {"min_tokens": 8}, regex="abc"))]
+    plain = generate(engine, asked)
+    assert (plain[0].text, plain[0].finish_reason) == ("abc", "stop")
+    assert_equal(generate(engine, asked, replay(plain, 1.0))[0], plain[0])
+
+
 def test_an_answer_may_end_only_where_the_grammar_does(engine: EngineCore) -> None:
     eager = {"logit_bias": {EOS: 100}}
     found = answer(engine, structured(regex="[ab]{3,9}", params=eager))
