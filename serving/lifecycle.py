@@ -25,6 +25,7 @@ from arctic_jax.models.registry import is_encoder
 from arctic_jax.progress import bars
 from arctic_jax.serving.async_engine import AsyncEngine
 from arctic_jax.serving.embedding_engine import EmbeddingEngine
+from arctic_jax.serving.metrics import Metrics
 from arctic_jax.serving.served_model import ServedModel
 
 _LAST_WORDS = 5.0  # seconds for error events to be read, after which connections are cut
@@ -164,6 +165,14 @@ def load(options: dict[str, Any]) -> AsyncEngine | EmbeddingEngine:
         return AsyncEngine(engine=make_engine(config, report, files))
 
 
+def measure(model: ServedModel, prefix: str) -> Metrics:
+    """Begin to count what a model does, under names with that prefix."""
+    metrics = Metrics(model.name, prefix)
+    if model.generates:
+        metrics.watch(model.engine.engine.cores, model.admission)
+    return metrics
+
+
 def configure(app: Any, **options: Any) -> uvicorn.Config:
     """Make uvicorn's configuration, `options` on top of what is always so."""
     return uvicorn.Config(
@@ -184,7 +193,13 @@ def run(
     """Serve until told to stop; `options` are `uvicorn.Config`'s."""
     server = Server(configure(app, **options), model, shutdown_timeout, step_timeout)
     server.run([listener])
+    if not stop(engine):
+        os._exit(1)  # its thread is stuck in a step, and Python would wait for it
+
+
+def stop(engine: AsyncEngine | EmbeddingEngine) -> bool:
+    """End an engine; return whether its thread has ended, and is not stuck in a step."""
     if isinstance(engine, EmbeddingEngine):
         engine.shutdown()
-    elif not engine.shutdown(timeout=_LAST_WORDS):
-        os._exit(1)  # its thread is stuck in a step, and Python would wait for it
+        return True
+    return engine.shutdown(timeout=_LAST_WORDS)
