@@ -94,6 +94,16 @@ def engine_options(
     shift_parallel_threshold: Annotated[
         int | None, _option(help="Most tokens of such a step; by default measured.")
     ] = None,
+    nnodes: Annotated[
+        int, _option(help="Machines that the devices of one engine are spread over.")
+    ] = ParallelConfig.nnodes,
+    node_rank: Annotated[
+        int, _option(help="Which of them this one is; all but 0 are --headless.")
+    ] = ParallelConfig.node_rank,
+    master_addr: Annotated[
+        str, _option(help="Address of node 0, on which it listens for the others.")
+    ] = ParallelConfig.master_addr,
+    master_port: Annotated[int, _option(help="Its port.")] = ParallelConfig.master_port,
     speculative_config: Annotated[
         str | None,
         _option(

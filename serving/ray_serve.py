@@ -62,7 +62,15 @@ _OF_THE_DEPLOYMENT = (
     "health_check_timeout_s",
     "logging_config",
 )
-_OF_THE_PROXY = ("host", "port", "uds", "keep_alive_timeout", "uvicorn_log_level", "access_log")
+_OF_THE_PROXY = (
+    "host",
+    "port",
+    "uds",
+    "headless",
+    "keep_alive_timeout",
+    "uvicorn_log_level",
+    "access_log",
+)
 _SCOPE = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
     *("root_path", "headers", "client", "server"),
@@ -89,6 +97,8 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         if name in _OF_THE_PROXY or name.startswith("ssl_"):
             raise ValueError(f"{name}: Ray Serve's proxy listens, see its http_options")
     settings = settings_of(options)
+    if settings.engine["nnodes"] > 1:
+        raise ValueError("nnodes: a replica has the GPUs of one machine")
     engines = serve.deployment(**_engine_options(settings, own, num_gpus))(Engine).bind(settings)
     ingress = serve.deployment(
         num_replicas=num_ingress,
@@ -143,7 +153,7 @@ class Engine:
         self._model = ServedModel(self._engine, settings.served)
         self._metrics = lifecycle.measure(self._model, settings.metrics_prefix)
         self._app = build_server(self._model, self._metrics, settings.http)
-        if self._model.generates and settings.step_timeout:
+        if self._model.generates:
             watch = lifecycle.watch(self._model.engine, settings.step_timeout)
             self._watch = asyncio.create_task(watch)
 

@@ -79,6 +79,7 @@ class Settings:
         served: how the model is served.
         http: who may ask.
         host, port, uds: where to listen.
+        headless: not to listen, but to follow node 0.
         metrics_prefix: of metrics' names.
         shutdown_timeout: seconds for calls to finish.
         step_timeout: seconds after which a stuck engine is given up; 0 for never.
@@ -91,6 +92,7 @@ class Settings:
     host: str
     port: int
     uds: str | None
+    headless: bool
     metrics_prefix: str
     shutdown_timeout: float
     step_timeout: float
@@ -114,6 +116,9 @@ def read_settings(
     served_model_name: Annotated[
         list[str] | None, _option(help="Name in the API; repeatable. By default the model.")
     ] = None,
+    headless: Annotated[
+        bool, _option("--headless", help="No endpoint: follow node 0, see --nnodes.")
+    ] = False,
     api_key: Annotated[
         list[str] | None,
         _option(
@@ -218,6 +223,11 @@ def read_settings(
             f"--host {host} lets others than this machine in: give --api-key, or say "
             "--allow-unauthenticated"
         )
+    if headless != (engine["node_rank"] > 0):
+        raise ValueError(
+            f"--node-rank {engine['node_rank']} must {'not ' if headless else ''}be --headless: "
+            "node 0 has the endpoint, the others follow it"
+        )
     if enable_auto_tool_choice and tool_call_parser is None:
         raise ValueError("--enable-auto-tool-choice needs --tool-call-parser")
     served = ServedOptions(
@@ -259,6 +269,7 @@ def read_settings(
         host=host,
         port=port,
         uds=uds,
+        headless=headless,
         metrics_prefix=metrics_prefix,
         shutdown_timeout=shutdown_timeout,
         step_timeout=step_timeout,
@@ -283,6 +294,10 @@ def serve(**options: Any) -> None:
     from arctic_jax.serving.server import build_app
 
     settings = read_settings(**options)
+    if settings.headless:
+        stderr.print(Text("Waiting for node 0; it ends this node, too", "dim"))
+        lifecycle.follow(settings.engine)
+        return
     with lifecycle.bind(settings.host, settings.port, settings.uds) as listener:
         running = lifecycle.load(settings.engine)
         model = ServedModel(running, settings.served)

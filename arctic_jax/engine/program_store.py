@@ -119,7 +119,8 @@ def environment(devices: Sequence[Any]) -> tuple[object, ...]:
     return (
         sources.hexdigest(),
         [(name, metadata.version(name)) for name in ("jax", "jaxlib", "flax")],
-        [(device.id, device.device_kind) for device in devices],
+        [(device.id, device.device_kind, device.process_index) for device in devices],
+        client.process_index(),
         client.platform_version,
         _processor() if client.platform == "cpu" else None,
         os.environ.get("XLA_FLAGS"),
