@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from arctic_jax import __version__
 from arctic_jax.config import EngineConfig, ParallelConfig
+from arctic_jax.engine import program_store
 from arctic_jax.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,10 @@ class Nodes:
         Raises:
             ValueError: the options differ, or this engine leaves devices out.
         """
+        if self.count == 1:
+            return
         devices, used = jax.device_count(), config.parallel.num_devices
-        if self.count > 1 and devices != used:
+        if devices != used:
             raise ValueError(
                 f"tensor_parallel_size times ulysses_sequence_parallel_size is {used}, and the "
                 f"{self.count} nodes have {devices} devices: all must be used"
@@ -105,7 +107,7 @@ class Nodes:
             load=replace(config.load, model="", tokenizer=None),
             scheduler=replace(config.scheduler, step_log=None),
         )
-        mine = [repr(part) for part in (__version__, same, *more)]
+        mine = [repr(part) for part in (program_store.versions(), same, *more)]
         first = self.firsts("\n".join(mine)).split("\n")
         for here, there in zip(mine, first, strict=True):
             if here != there:

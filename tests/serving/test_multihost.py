@@ -148,7 +148,7 @@ def test_strangers_are_turned_away() -> None:
         assert stranger.recv(1) == b""
     leader = Leader(OneSays(ParallelConfig(nnodes=2, node_rank=1)), "127.0.0.1")
     starting.join(10)
-    (followers,) = found
+    followers = found[0]
     rng = np.random.default_rng(0)
     bias = np.where(rng.random(50) < 0.5, -np.inf, rng.normal(size=50)).astype(np.float32)
     rows = [(slot, rng.integers(0, 9, 50, np.int32), bias) for slot in (3, 0)]
