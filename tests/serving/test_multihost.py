@@ -134,9 +134,8 @@ class OneSays(Nodes):
 
 def test_strangers_are_turned_away() -> None:
     """Launches arrive as they were, and only at those who know the key."""
-    found: list[Followers] = []
+    found: list[Any] = []
     parallel = ParallelConfig(nnodes=2)
-    OneSays.said = ""
     starting = Thread(target=lambda: found.append(Followers(OneSays(parallel), "127.0.0.1")))
     starting.start()
     while not OneSays.said:
@@ -148,7 +147,7 @@ def test_strangers_are_turned_away() -> None:
         assert stranger.recv(1) == b""
     leader = Leader(OneSays(ParallelConfig(nnodes=2, node_rank=1)), "127.0.0.1")
     starting.join(10)
-    followers = found[0]
+    (followers,) = found
     rng = np.random.default_rng(0)
     bias = np.where(rng.random(50) < 0.5, -np.inf, rng.normal(size=50)).astype(np.float32)
     rows = [(slot, rng.integers(0, 9, 50, np.int32), bias) for slot in (3, 0)]
