@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -18,6 +19,7 @@ from arctic_jax.serving.chat_prompt import render
 from arctic_jax.serving.completions import CompletionCall
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.event_stream import EventStream, unless_disconnected
+from arctic_jax.serving.limits import Limits
 from arctic_jax.serving.metrics import Metrics
 from arctic_jax.serving.middleware import ApiKeys, SizeLimits
 from arctic_jax.serving.protocol import (
@@ -73,28 +75,34 @@ def build_app(model: ServedModel, metrics: Metrics, options: HttpOptions | None 
         options: of HTTP.
     """
     options = options or HttpOptions()
-    app = FastAPI(title="arctic-jax", version=__version__)
+    middleware = guards(options, model.options.limits)
+    app = FastAPI(title="arctic-jax", version=__version__, middleware=middleware)
     error_responses.install(app)
     _add_generation(app, model, metrics)
     _add_tokens(app, model)
     _add_status(app, model, metrics)
-    app.add_middleware(
-        SizeLimits,
-        max_header_bytes=options.max_header_bytes,
-        max_bytes=model.options.limits.max_body_bytes,
-        max_seconds=options.body_timeout,
+    return app
+
+
+def guards(options: HttpOptions, limits: Limits) -> list[Middleware]:
+    """Return what every call passes before it reaches a route, the outermost first."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=options.allowed_origins,
+        allow_methods=options.allowed_methods,
+        allow_headers=options.allowed_headers,
+        allow_credentials=options.allow_credentials,
     )
     public = ["/health", *(["/metrics"] if options.public_metrics else [])]
-    app.add_middleware(ApiKeys, keys=options.api_keys, public=public)
-    if options.allowed_origins:  # last, so that also refusals can be read by scripts
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=options.allowed_origins,
-            allow_methods=options.allowed_methods,
-            allow_headers=options.allowed_headers,
-            allow_credentials=options.allow_credentials,
-        )
-    return app
+    keys = Middleware(ApiKeys, keys=options.api_keys, public=public)
+    sizes = Middleware(
+        SizeLimits,
+        max_header_bytes=options.max_header_bytes,
+        max_bytes=limits.max_body_bytes,
+        max_seconds=options.body_timeout,
+    )
+    # The first is CORS, so that also refusals can be read by scripts.
+    return [*([cors] if options.allowed_origins else []), keys, sizes]
 
 
 async def _only_json(request: Request) -> None:
