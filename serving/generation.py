@@ -70,10 +70,9 @@ class Generation:
         self._ticket.close()
 
     async def states(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Yield the states of all requests as they come, each with its prompt's number.
+        """Yield what is new of all requests as it comes, each with its prompt's number.
 
-        Who reads slowly misses states, but never the last of a request. No more than one state of
-        each request waits.
+        Who reads slowly gets fewer and larger pieces; one piece of each request waits.
 
         Raises:
             APIError: a request has failed.
@@ -102,7 +101,7 @@ class Generation:
             yield item
 
     async def results(self) -> list[RequestOutput]:
-        """Return the last state of every request, in the order of the prompts; see `states`."""
+        """Return every request's end, with everything if it is `FINAL_ONLY`; see `states`."""
         found: dict[int, RequestOutput] = {}
         async for index, output in self.states():
             if output.finished:

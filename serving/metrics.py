@@ -6,6 +6,7 @@ the engine itself is looked at when somebody asks.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ class Metrics:
         }
         self._success = Counter(
             prefix + "request_success",
-            "Requests that have ended.",
+            "Answers that have ended.",
             ("model_name", "engine", "finished_reason"),
             registry=self.registry,
         )
@@ -124,7 +125,7 @@ class Metrics:
         self._counters[name].inc(value)
 
     def finished(self, reason: str, count: int = 1) -> None:
-        """Count ended requests."""
+        """Count ended answers."""
         self._success.labels(self.model_name, "0", reason).inc(count)
 
     def _on_step(self, record: StepRecord) -> None:
@@ -135,23 +136,27 @@ class Metrics:
 
 
 class RequestTimer:
-    """Observes one request as its states arrive."""
+    """Observes one request as its deltas arrive, or its end with everything."""
 
     def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
         self._metrics = metrics
         self._params = params
-        self._num_tokens = 0
+        self._num_tokens: collections.Counter[int] = collections.Counter()  # of each answer
         self._last_time: float | None = None
-        self._ended = False
+        self._num_ended = 0
 
     def observe(self, output: RequestOutput) -> None:
-        """Take a state."""
+        """Take what is new."""
         metrics, times = self._metrics, output.metrics
         if times is None:
             return
-        num_tokens = sum(len(answer.token_ids) for answer in output.outputs)
-        new = num_tokens - self._num_tokens
-        self._num_tokens = num_tokens
+        for answer in output.outputs:
+            self._num_tokens[answer.index] += len(answer.token_ids)
+            if answer.finished():
+                self._num_ended += 1
+                metrics.finished(answer.finish_reason or "abort")
+                metrics.count("corrupted_requests", answer.error is not None)
+        new = sum(len(answer.token_ids) for answer in output.outputs)
         metrics.count("generation_tokens", new)
         if self._last_time is None and times.first_token_time is not None:
             metrics.observe(
@@ -159,7 +164,7 @@ class RequestTimer:
             )
             new, self._last_time = new - 1, times.first_token_time
         if new > 0 and self._last_time is not None and times.last_token_time is not None:
-            # States may be skipped, and a draft brings several tokens at once: share the time.
+            # A slow reader or a draft brings several tokens at once: they share the time.
             gap = (times.last_token_time - self._last_time) * len(output.outputs) / new
             for _ in range(new):
                 metrics.observe("inter_token_latency_seconds", gap)
@@ -168,28 +173,23 @@ class RequestTimer:
             self._finish(output)
 
     def close(self) -> None:
-        """Count a request that was left before its end."""
-        if not self._ended:
-            self._ended = True
-            self._metrics.finished("abort")
+        """Count the answers that were left before their end."""
+        self._metrics.finished("abort", self._params.n - self._num_ended)
+        self._num_ended = self._params.n
 
     def _finish(self, output: RequestOutput) -> None:
-        self._ended = True
         metrics, times = self._metrics, output.metrics
         assert times is not None
         prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
-        for answer in output.outputs:
-            metrics.finished(answer.finish_reason or "abort")
-            metrics.count("corrupted_requests", answer.error is not None)
         metrics.count("prompt_tokens", prompt)
         metrics.count("prompt_tokens_cached", cached)
         metrics.count("prefix_cache_queries", prompt)
         metrics.count("prefix_cache_hits", cached)
         metrics.count("num_preemptions", times.num_preemptions)
-        longest = max(len(answer.token_ids) for answer in output.outputs)
+        longest = max(self._num_tokens.values(), default=0)
         metrics.observe("request_prompt_tokens", prompt)
         metrics.observe("request_prefill_kv_computed_tokens", prompt - cached)
-        metrics.observe("request_generation_tokens", self._num_tokens)
+        metrics.observe("request_generation_tokens", self._num_tokens.total())
         metrics.observe("request_max_num_generation_tokens", longest)
         metrics.observe("request_num_preemptions", times.num_preemptions)
         metrics.observe("request_params_n", self._params.n)

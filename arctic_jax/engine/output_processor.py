@@ -7,7 +7,8 @@ requests that the scheduler knows.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.engine.detokenizer import TextStream
@@ -32,6 +33,14 @@ class RequestGroup:
     prompt: str | None
     members: list[Request]
     streams: dict[Request, TextStream] = field(default_factory=dict)
+    num_reported: dict[Request, int] = field(default_factory=dict)
+    """Tokens of each answer that its user has; kept for `DELTA` only."""
+    ends_reported: set[Request] = field(default_factory=set)
+
+    @property
+    def kind(self) -> RequestOutputKind:
+        """What its user gets."""
+        return self.members[0].params.output_kind
 
     @property
     def finished(self) -> bool:
@@ -41,8 +50,11 @@ class RequestGroup:
     @property
     def reports(self) -> bool:
         """Whether its user gets the state after this step."""
-        everything = self.members[0].params.output_kind is RequestOutputKind.CUMULATIVE
-        return everything or self.finished
+        if self.finished:
+            return True
+        # The prompt's log-probabilities come with the first output, so all of them must be there.
+        is_ready = not self.members[0].wants_prompt_rows
+        return is_ready and self.kind is not RequestOutputKind.FINAL_ONLY
 
 
 class OutputProcessor:
@@ -169,14 +181,19 @@ class OutputProcessor:
         }
 
     def output(self, group: RequestGroup) -> RequestOutput:
-        """Make the picture of a group that its user gets."""
+        """Make what a group's user gets after a step."""
         first = group.members[0]
         wanted = first.params.prompt_logprobs is not None
+        if group.kind is RequestOutputKind.DELTA:
+            wanted = wanted and not group.num_reported
+            answers = [delta for m in group.members if (delta := self._delta(m, group))]
+        else:
+            answers = [self._completion(member, group) for member in group.members]
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=[self._completion(member, group) for member in group.members],
+            outputs=answers,
             finished=group.finished,
             prompt_logprobs=list(first.prompt_logprobs) if wanted else None,
             num_cached_tokens=first.num_cached_tokens,
@@ -194,18 +211,65 @@ class OutputProcessor:
 
     def _completion(self, request: Request, group: RequestGroup) -> CompletionOutput:
         stream = group.streams.get(request)
-        wanted = request.params.logprobs is not None
         text = ""
         if stream is not None:
             stream.flush()
             text = stream.text if request.status.finished else stream.visible
-        return CompletionOutput(
-            index=request.index,
-            text=text,
-            token_ids=list(request.output_token_ids),
-            cumulative_logprob=request.cumulative_logprob if wanted else None,
-            logprobs=list(request.output_logprobs) if wanted else None,
-            finish_reason=request.status.value if request.status.finished else None,
-            stop_reason=request.stop_reason,
-            error=request.error,
-        )
+        return _answer(request, text, 0)
+
+    def _delta(self, request: Request, group: RequestGroup) -> CompletionOutput | None:
+        """What is new of an answer since the last call; `None` for nothing."""
+        known, ended = group.num_reported.get(request, 0), request.status.finished
+        if request in group.ends_reported or not (ended or len(request.output_token_ids) > known):
+            return None
+        group.num_reported[request] = len(request.output_token_ids)
+        if ended:
+            group.ends_reported.add(request)
+        stream = group.streams.get(request)
+        text = ""
+        if stream is not None:
+            stream.flush()
+            text = stream.take(ended)
+        return _answer(request, text, known)
+
+
+def _answer(request: Request, text: str, first: int) -> CompletionOutput:
+    """An answer with this text and its tokens from the given one on."""
+    wanted = request.params.logprobs is not None
+    return CompletionOutput(
+        index=request.index,
+        text=text,
+        token_ids=request.output_token_ids[first:],
+        cumulative_logprob=request.cumulative_logprob if wanted else None,
+        logprobs=request.output_logprobs[first:] if wanted else None,
+        finish_reason=request.status.value if request.status.finished else None,
+        stop_reason=request.stop_reason,
+        error=request.error,
+    )
+
+
+def join_deltas(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Make one output of several `DELTA`s of a request that follow one another, at least one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    parts: dict[int, list[CompletionOutput]] = {}
+    for output in outputs:
+        for answer in output.outputs:
+            parts.setdefault(answer.index, []).append(answer)
+    return replace(
+        outputs[-1],
+        outputs=[_join_answers(parts[index]) for index in sorted(parts)],
+        prompt_logprobs=outputs[0].prompt_logprobs,
+    )
+
+
+def _join_answers(parts: Sequence[CompletionOutput]) -> CompletionOutput:
+    logprobs = None
+    if parts[-1].logprobs is not None:
+        logprobs = [position for part in parts for position in part.logprobs or ()]
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=[token for part in parts for token in part.token_ids],
+        logprobs=logprobs,
+    )
