@@ -229,7 +229,7 @@ class Logprob:
 PositionLogprobs = dict[int, Logprob]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take three times as long to make, here as below
 class CompletionOutput:
     """One answer to a prompt: all of it so far, or what is new, see `RequestOutputKind`."""
 
@@ -250,7 +250,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestMetrics:
     """Times of one request, `time.monotonic()` seconds."""
 
@@ -266,7 +266,7 @@ class RequestMetrics:
     """... and those of them that are in the answer."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestOutput:
     """A request after a step: everything so far, or what is new, see `RequestOutputKind`."""
 
@@ -292,10 +292,9 @@ class RequestStatus(enum.Enum):
     ABORTED = "abort"
     FAILED = "error"
 
-    @property
-    def finished(self) -> bool:
-        """Whether this is an end."""
-        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+    def __init__(self, value: str) -> None:
+        """Note whether this is an end."""
+        self.finished = value not in ("waiting", "running")
 
 
 @dataclass(eq=False)

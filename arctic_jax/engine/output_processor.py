@@ -37,10 +37,9 @@ class RequestGroup:
     """Tokens of each answer that its user has; kept for `DELTA` only."""
     ends_reported: set[Request] = field(default_factory=set)
 
-    @property
-    def kind(self) -> RequestOutputKind:
-        """What its user gets."""
-        return self.members[0].params.output_kind
+    def __post_init__(self) -> None:
+        """Note what its user gets."""
+        self.kind = self.members[0].params.output_kind
 
     @property
     def finished(self) -> bool:
@@ -50,11 +49,9 @@ class RequestGroup:
     @property
     def reports(self) -> bool:
         """Whether its user gets the state after this step."""
-        if self.finished:
-            return True
         # The prompt's log-probabilities come with the first output, so all of them must be there.
         is_ready = not self.members[0].wants_prompt_rows
-        return is_ready and self.kind is not RequestOutputKind.FINAL_ONLY
+        return (is_ready and self.kind is not RequestOutputKind.FINAL_ONLY) or self.finished
 
 
 class OutputProcessor:
@@ -140,7 +137,7 @@ class OutputProcessor:
         self, request: Request, row: int, output: HostOutput, group: RequestGroup
     ) -> RequestStatus | None:
         """Append a row's token; return how the request ends, if it does."""
-        params, token = request.params, int(output.token_ids[row])
+        params, token = request.params, output.token_ids[row]
         now = time.monotonic()
         request.first_token_time = request.first_token_time or now
         request.last_token_time = now
@@ -182,7 +179,7 @@ class OutputProcessor:
 
     def output(self, group: RequestGroup) -> RequestOutput:
         """Make what a group's user gets after a step."""
-        first = group.members[0]
+        first, finished = group.members[0], group.finished
         wanted = first.params.prompt_logprobs is not None
         if group.kind is RequestOutputKind.DELTA:
             wanted = wanted and not group.num_reported
@@ -194,7 +191,7 @@ class OutputProcessor:
             prompt=group.prompt,
             prompt_token_ids=first.prompt_token_ids,
             outputs=answers,
-            finished=group.finished,
+            finished=finished,
             prompt_logprobs=list(first.prompt_logprobs) if wanted else None,
             num_cached_tokens=first.num_cached_tokens,
             metrics=RequestMetrics(
@@ -202,7 +199,7 @@ class OutputProcessor:
                 first_scheduled_time=first.first_scheduled_time,
                 first_token_time=first.first_token_time,
                 last_token_time=first.last_token_time,
-                finished_time=time.monotonic() if group.finished else None,
+                finished_time=time.monotonic() if finished else None,
                 num_preemptions=sum(m.num_preemptions for m in group.members),
                 num_drafted_tokens=sum(m.num_drafted_tokens for m in group.members),
                 num_accepted_tokens=sum(m.num_accepted_tokens for m in group.members),
