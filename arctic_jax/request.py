@@ -264,6 +264,8 @@ class RequestMetrics:
     """Tokens that a proposer guessed and a step verified ..."""
     num_accepted_tokens: int = 0
     """... and those of them that are in the answer."""
+    replica: int = 0
+    """Which of several equal engines worked on it."""
 
 
 @dataclass(slots=True)

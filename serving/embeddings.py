@@ -40,9 +40,7 @@ async def embed(
         rows, num_tokens = await engine.embed_counted(request.input, params)
     finally:
         ticket.close()
-    metrics.finished("stop")
-    metrics.count("prompt_tokens", num_tokens)
-    metrics.observe("e2e_request_latency_seconds", time.monotonic() - began)
+    metrics.embedded(num_tokens, time.monotonic() - began)
     return EmbeddingResponse(
         id=f"embd-{uuid.uuid4().hex}",
         model=model.name,

@@ -118,18 +118,15 @@ class Generation:
             f"{self.id}-{index}",
             priority=self._priority,
         )
-        try:
-            async with contextlib.aclosing(states) as states:  # pyright: ignore
-                first = True
-                async for output in states:
-                    if first:
-                        self._ticket.started(len(prompt.token_ids))
-                        first = False
-                    timer.observe(output)
-                    self._check(output)
-                    yield output
-        finally:
-            timer.close()
+        async with contextlib.aclosing(states) as states:  # pyright: ignore
+            first = True
+            async for output in states:
+                if first:
+                    self._ticket.started(len(prompt.token_ids))
+                    first = False
+                timer.observe(output)
+                self._check(output)
+                yield output
 
     def _check(self, output: RequestOutput) -> None:
         for answer in output.outputs:

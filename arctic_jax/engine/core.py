@@ -78,7 +78,7 @@ class EngineCore:
             by_priority=config.scheduler.scheduling_policy == "priority",
         )
         self.proposer = build_proposer(config.speculative)
-        self.outputs = OutputProcessor(self.tokenizer)
+        self.outputs = OutputProcessor(self.tokenizer, replica)
         self.step_log = StepLog(config.scheduler.step_log, replica)
         self._replica = replica
         self._groups: dict[str, RequestGroup] = {}
@@ -233,6 +233,7 @@ class EngineCore:
 
     def _finish(self, request: Request, status: RequestStatus) -> None:
         self.scheduler.finish(request, status)
+        self.outputs.totals.end(request)
         self.runner.forget(request)
         self.proposer.finish(request)
         del self._group_of[request]

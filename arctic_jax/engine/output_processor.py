@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.engine.detokenizer import TextStream
+from arctic_jax.engine.request_totals import RequestTotals
 from arctic_jax.loading.tokenizer import Tokenizer
 from arctic_jax.request import (
     CompletionOutput,
@@ -55,10 +56,17 @@ class RequestGroup:
 
 
 class OutputProcessor:
-    """Takes each step's output onto its requests and makes `RequestOutput`s."""
+    """Takes each step's output onto its requests and makes `RequestOutput`s.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        tokenizer: of the model.
+        replica: which of several equal engines this is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, replica: int = 0) -> None:
         self.tokenizer = tokenizer
+        self.totals = RequestTotals()
+        self._replica = replica
 
     def open(self, group: RequestGroup) -> None:
         """Start the texts of a new group."""
@@ -139,9 +147,12 @@ class OutputProcessor:
         """Append a row's token; return how the request ends, if it does."""
         params, token = request.params, output.token_ids[row]
         now = time.monotonic()
-        request.first_token_time = request.first_token_time or now
+        if request.first_token_time is None:
+            request.first_token_time = now
+            self.totals.begin(request)
         request.last_token_time = now
         request.take_token(token)
+        self.totals.generated_tokens += 1
         if params.logprobs is not None:
             request.cumulative_logprob += float(output.logprob[row])
             alternatives = self._logprobs(output, row, token, params.logprobs)
@@ -203,6 +214,7 @@ class OutputProcessor:
                 num_preemptions=sum(m.num_preemptions for m in group.members),
                 num_drafted_tokens=sum(m.num_drafted_tokens for m in group.members),
                 num_accepted_tokens=sum(m.num_accepted_tokens for m in group.members),
+                replica=self._replica,
             ),
         )
 
