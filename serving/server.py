@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from arctic_jax import __version__
 from arctic_jax.serving import embeddings, error_responses
@@ -73,7 +73,7 @@ def build_app(model: ServedModel, metrics: Metrics, options: HttpOptions | None 
         options: of HTTP.
     """
     options = options or HttpOptions()
-    app = FastAPI(title="arctic-jax", version=__version__)
+    app = FastAPI(title="arctic-jax", version=__version__, responses=error_responses.DOCUMENTED)
     error_responses.install(app)
     _add_generation(app, model, metrics)
     _add_tokens(app, model)
@@ -106,15 +106,26 @@ async def _only_json(request: Request) -> None:
 
 
 JSON_BODY: Any = [Depends(_only_json)]
+STREAMED: Any = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def _add_generation(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
-    @app.post("/v1/completions", dependencies=JSON_BODY, response_model=CompletionResponse)
+    @app.post(
+        "/v1/completions",
+        dependencies=JSON_BODY,
+        response_model=CompletionResponse,
+        responses=STREAMED,
+    )
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         call = await CompletionCall.begin(model, metrics, body)
         return await _answer(call, body.stream, request)
 
-    @app.post("/v1/chat/completions", dependencies=JSON_BODY, response_model=ChatCompletionResponse)
+    @app.post(
+        "/v1/chat/completions",
+        dependencies=JSON_BODY,
+        response_model=ChatCompletionResponse,
+        responses=STREAMED,
+    )
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         call = await ChatCall.begin(model, metrics, body)
         return await _answer(call, body.stream, request)
@@ -189,7 +200,7 @@ def _add_status(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
             ]
         )
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         return Response(status_code=200 if model.healthy else 503)
 
@@ -201,6 +212,6 @@ def _add_status(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
     async def load() -> dict[str, int]:
         return {"server_load": model.admission.num_calls}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def read_metrics() -> Response:
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
