@@ -8,10 +8,11 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 
-from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.request import RequestOutput, RequestOutputKind, SamplingParams
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.metrics import Metrics, RequestTimer
 from arctic_jax.serving.served_model import EncodedPrompt, ServedModel
+from arctic_jax.serving.tracing import current_span
 
 
 class Generation:
@@ -51,6 +52,10 @@ class Generation:
         for prompt in prompts:
             self._engine.engine.check_request(prompt.token_ids, params)
         num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._span = current_span.get()
+        if self._span is not None:
+            streams = params.output_kind is not RequestOutputKind.FINAL_ONLY
+            self._span.asked(self.id, params, streams)
         self._ticket = model.admission.admit(len(prompts) * params.n, num_tokens)
 
     async def __aenter__(self) -> Generation:
@@ -125,6 +130,8 @@ class Generation:
                     self._ticket.started(len(prompt.token_ids))
                     first = False
                 timer.observe(output)
+                if self._span is not None:
+                    self._span.observe(output)
                 self._check(output)
                 yield output
 

@@ -127,6 +127,9 @@ def serve(
     metrics_prefix: Annotated[
         str, _option(help="Of metrics' names; vllm: for what was made for vLLM.")
     ] = "arctic_jax:",
+    otlp_traces_endpoint: Annotated[
+        str | None, _option(help="URL of a collector for OpenTelemetry's spans, one a call.")
+    ] = None,
     shutdown_timeout: Annotated[
         float, _option(min=0, help="Seconds for calls to finish after SIGTERM.")
     ] = 30.0,
@@ -161,6 +164,7 @@ def serve(
     from arctic_jax.serving.metrics import Metrics
     from arctic_jax.serving.served_model import ServedModel, ServedOptions
     from arctic_jax.serving.server import HttpOptions, build_app
+    from arctic_jax.serving.tracing import Tracer
 
     if model_tag is not None:
         engine["model"] = model_tag
@@ -198,12 +202,16 @@ def serve(
     )
     if enable_auto_tool_choice and tool_call_parser is None:
         raise ValueError("--enable-auto-tool-choice needs --tool-call-parser")
+    tracer = None
+    if otlp_traces_endpoint is not None:
+        tracer = Tracer(otlp_traces_endpoint, options.names[0])
     http = HttpOptions(
         api_keys=keys,
         public_metrics=public_metrics,
         max_header_bytes=max_header_size,
         body_timeout=body_timeout,
         allowed_origins=_json("allowed-origins", allowed_origins, list),
+        tracer=tracer,
     )
     with lifecycle.bind(host, port, uds) as listener:
         running = lifecycle.load(engine)
@@ -229,6 +237,8 @@ def serve(
             ssl_ca_certs=ssl_ca_certs,
             ssl_cert_reqs=ssl_cert_reqs,
         )
+    if tracer is not None:
+        tracer.close()
 
 
 def _chosen(option: str, name: str | None, choices: dict[str, Any]) -> Any:

@@ -35,6 +35,7 @@ from arctic_jax.serving.protocol import (
     TokenizeResponse,
 )
 from arctic_jax.serving.served_model import ServedModel
+from arctic_jax.serving.tracing import Tracer, Tracing
 
 CLIENT_GONE = 499  # nginx' number; nobody is there to read it
 
@@ -52,6 +53,7 @@ class HttpOptions:
         allowed_methods: for them.
         allowed_headers: for them.
         allow_credentials: for them.
+        tracer: sends a span of every call.
     """
 
     api_keys: Sequence[str] = ()
@@ -62,6 +64,7 @@ class HttpOptions:
     allowed_methods: Sequence[str] = ("*",)
     allowed_headers: Sequence[str] = ("*",)
     allow_credentials: bool = False
+    tracer: Tracer | None = None
 
 
 def build_app(model: ServedModel, metrics: Metrics, options: HttpOptions | None = None) -> FastAPI:
@@ -78,6 +81,8 @@ def build_app(model: ServedModel, metrics: Metrics, options: HttpOptions | None 
     _add_generation(app, model, metrics)
     _add_tokens(app, model)
     _add_status(app, model, metrics)
+    if options.tracer is not None:  # innermost: who is not let in leaves no span
+        app.add_middleware(Tracing, tracer=options.tracer)
     app.add_middleware(
         SizeLimits,
         max_header_bytes=options.max_header_bytes,

@@ -278,6 +278,7 @@ REFUSED = [
     (["--host", "0.0.0.0"], "--host 0.0.0.0 lets others than this machine in"),
     (["--tool-call-parser", "x"], "--tool-call-parser must be one of hermes, llama3_json, qwen"),
     (["--enable-auto-tool-choice"], "--enable-auto-tool-choice needs --tool-call-parser"),
+    (["--otlp-traces-endpoint", "x"], "--otlp-traces-endpoint must be an http or https URL"),
     (["--allowed-origins", "x"], "--allowed-origins is not JSON"),
     (["--speculative_config", "{"], "speculative_config is not JSON"),
 ]
