@@ -269,14 +269,19 @@ def waiting_bytes(connection: Any) -> int:
 def test_a_soak_does_not_grow(live: LiveServer, encoder: LiveServer) -> None:
     """Round after round the process stays as large as it was, within what rounds differ anyway."""
     pages = Path("/proc/self/statm")
-    sizes = []
+    sizes, objects = [], []
     storm = Storm(live, encoder)
     for i in range(SOAK_ROUNDS):
         asyncio.run(storm.run(range(i * SOAK_CALLS, (i + 1) * SOAK_CALLS)))
         live.wait_until_idle()
         gc.collect()
         sizes.append(int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-        print(f"round {i}: {sizes[-1]:.1f} MiB", flush=True)
-    middle, last = sizes[SOAK_ROUNDS // 3 : 2 * SOAK_ROUNDS // 3], sizes[2 * SOAK_ROUNDS // 3 :]
+        objects.append(len(gc.get_objects()))
+        print(f"round {i}: {sizes[-1]:.1f} MiB, {objects[-1]} objects", flush=True)
+    third = SOAK_ROUNDS // 3
+    middle, last = sizes[third:-third], sizes[-third:]
     noise = max(middle) - min(middle)
     assert statistics.median(last) - statistics.median(middle) <= max(noise, 4)
+    # Less than an object for every tenth call, however large the process is.
+    kept = statistics.median(objects[-third:]) - statistics.median(objects[:third])
+    assert kept < third * SOAK_CALLS / 5
