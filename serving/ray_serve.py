@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -152,7 +153,8 @@ class Engine:
         self._engine = await asyncio.to_thread(lifecycle.load, settings.engine)
         self._model = ServedModel(self._engine, settings.served)
         self._metrics = lifecycle.measure(self._model, settings.metrics_prefix)
-        self._app = build_server(self._model, self._metrics, settings.http)
+        http = replace(settings.http, tracer=settings.tracer())
+        self._app = build_server(self._model, self._metrics, http)
         if self._model.generates:
             watch = lifecycle.watch(self._model.engine, settings.step_timeout)
             self._watch = asyncio.create_task(watch)

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from arctic_jax.serving.options import command, stderr
 if TYPE_CHECKING:
     from arctic_jax.serving.served_model import ServedOptions
     from arctic_jax.serving.server import HttpOptions
+    from arctic_jax.serving.tracing import Tracer
 
 PANEL = "Server options"
 LIMITS = "Limits"
@@ -84,6 +85,7 @@ class Settings:
         shutdown_timeout: seconds for calls to finish.
         step_timeout: seconds after which a stuck engine is given up; 0 for never.
         uvicorn: options of the HTTP server.
+        otlp_traces_endpoint: where spans go, if anywhere.
     """
 
     engine: dict[str, Any]
@@ -97,6 +99,19 @@ class Settings:
     shutdown_timeout: float
     step_timeout: float
     uvicorn: dict[str, Any]
+    otlp_traces_endpoint: str | None = None
+
+    def tracer(self) -> "Tracer | None":
+        """Return what sends a span of every call, if the user wants that.
+
+        Raises:
+            ValueError: see `Tracer`.
+        """
+        from arctic_jax.serving.tracing import Tracer
+
+        if self.otlp_traces_endpoint is None:
+            return None
+        return Tracer(self.otlp_traces_endpoint, self.served.names[0])
 
 
 def read_settings(
@@ -177,6 +192,9 @@ def read_settings(
     metrics_prefix: Annotated[
         str, _option(help="Of metrics' names; vllm: for what was made for vLLM.")
     ] = "arctic_jax:",
+    otlp_traces_endpoint: Annotated[
+        str | None, _option(help="URL of a collector for OpenTelemetry's spans, one a call.")
+    ] = None,
     shutdown_timeout: Annotated[
         float, _option(min=0, help="Seconds for calls to finish after SIGTERM.")
     ] = 30.0,
@@ -283,6 +301,7 @@ def read_settings(
             "ssl_ca_certs": ssl_ca_certs,
             "ssl_cert_reqs": ssl_cert_reqs,
         },
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
 
 
@@ -298,6 +317,7 @@ def serve(**options: Any) -> None:
         stderr.print(Text("Waiting for node 0; it ends this node, too", "dim"))
         lifecycle.follow(settings.engine)
         return
+    tracer = settings.tracer()
     with lifecycle.bind(settings.host, settings.port, settings.uds) as listener:
         running = lifecycle.load(settings.engine)
         model = ServedModel(running, settings.served)
@@ -305,7 +325,7 @@ def serve(**options: Any) -> None:
         address = settings.uds or "{}:{}".format(*listener.getsockname()[:2])
         stderr.print(Text(f"{model.name} is ready on {address}; Ctrl-C stops the server", "dim"))
         lifecycle.run(
-            build_app(model, metrics, settings.http),
+            build_app(model, metrics, replace(settings.http, tracer=tracer)),
             listener,
             model,
             running,
@@ -313,6 +333,8 @@ def serve(**options: Any) -> None:
             step_timeout=settings.step_timeout,
             **settings.uvicorn,
         )
+    if tracer is not None:
+        tracer.close()
 
 
 def settings_of(options: Mapping[str, Any]) -> Settings:

@@ -81,7 +81,7 @@ class EngineCore:
             by_priority=config.scheduler.scheduling_policy == "priority",
         )
         self.proposer = build_proposer(config.speculative)
-        self.outputs = OutputProcessor(self.tokenizer)
+        self.outputs = OutputProcessor(self.tokenizer, replica)
         self.grammars = GrammarCompiler(
             self.tokenizer,
             model_config.vocab_size,
@@ -259,6 +259,7 @@ class EngineCore:
 
     def _finish(self, request: Request, status: RequestStatus) -> None:
         self.scheduler.finish(request, status)
+        self.outputs.totals.end(request)
         self.runner.forget(request)
         self.proposer.finish(request)
         del self._group_of[request]
