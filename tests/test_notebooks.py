@@ -33,7 +33,7 @@ CLAIMS = {
     "speculative_decoding": ["the answers are those without speculation: True"],
     "swiftkv": [
         r"smollm2-135m-instruct-swiftkv: all tokens in 15 of 30 layers",
-        r"15 layers, shipped +agreement 0\.[89]",
+        r"15 layers, shipped +agreement 0\.[789]",
         "distillation helped: True",
     ],
 }
