@@ -11,7 +11,7 @@ MESSAGES = [
 
 
 def main(model: str = "smollm2-135m-instruct") -> None:
-    llm = LLM(model, max_num_seqs=4, max_model_len=512)
+    llm = LLM(model, max_num_seqs=4, max_num_batched_tokens=64)
     shown = ""
     for output in llm.stream(MESSAGES, SamplingParams(temperature=0, max_tokens=64)):
         text = output.outputs[0].text  # the whole answer so far

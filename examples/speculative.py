@@ -12,7 +12,7 @@ PROMPT = "Repeat: red green blue yellow. red green blue yellow. red green blue y
 
 def main(model: str = "smollm2-135m-instruct") -> None:
     suffix = {"method": "suffix", "num_speculative_tokens": 8}
-    llm = LLM(model, max_num_seqs=4, max_model_len=512, speculative_config=suffix)
+    llm = LLM(model, max_num_seqs=4, max_num_batched_tokens=64, speculative_config=suffix)
     greedy = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
     for turn in ("at first", "asked again"):  # the second time the answer itself is known
         [output] = llm.generate(PROMPT, greedy)

@@ -11,7 +11,7 @@ QUESTIONS = ["What is gravity?", "What is the capital of Italy?"]
 
 
 def main(model: str = "smollm2-135m-instruct-swiftkv") -> None:
-    llm = LLM(model, max_num_seqs=4, max_model_len=512)
+    llm = LLM(model, max_num_seqs=4, max_num_batched_tokens=64)
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     outputs = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=32))
     for question, output in zip(QUESTIONS, outputs, strict=True):

@@ -51,7 +51,10 @@ def test_every_example_is_run_here():
     assert found == {f"{name}.py" for name in (*MODELS, "embed")} | OF_A_SERVER
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "generate" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_an_example_generates(name, tmp_path, capsys):
     run(name, str(write_model(tmp_path / "model", MODELS[name])))
     lines = capsys.readouterr().out.splitlines()
