@@ -9,9 +9,7 @@ PROMPTS = ["The capital of France is", "Water boils at", "One, two, three,"]
 
 def main(model: str = "smollm2-135m-instruct") -> None:
     # Small limits: few programs to compile.
-    llm = LLM(
-        model, max_num_seqs=4, max_num_batched_tokens=64
-    )
+    llm = LLM(model, max_num_seqs=4, max_num_batched_tokens=64)
     greedy = SamplingParams(temperature=0, max_tokens=16)
     for output in llm.generate(PROMPTS, greedy):
         print(f"{output.prompt!r} -> {output.outputs[0].text!r}")
