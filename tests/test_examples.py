@@ -39,7 +39,9 @@ def run(name: str, argument: str) -> None:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     model = str(write_model(tmp_path_factory.mktemp("tiny")))
-    core = EngineCore(EngineConfig.from_keywords(model=model, max_num_seqs=2, max_model_len=256))
+    core = EngineCore(
+        EngineConfig.from_keywords(model=model, max_num_seqs=2, max_num_batched_tokens=64)
+    )
     engine = AsyncEngine(engine=core)
     with serve(engine) as server:
         yield server
