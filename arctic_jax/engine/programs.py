@@ -124,6 +124,10 @@ class ProgramCache:
         analysis: Any = program.memory_analysis()
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
+    def hlo(self, layout: MeshLayout, bucket: Bucket) -> str:
+        """Return a compiled step as XLA prints it, to look at."""
+        return str(self._compiled[layout, bucket].as_text())
+
     def run(
         self,
         layout: MeshLayout,
