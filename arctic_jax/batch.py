@@ -481,10 +481,11 @@ class HostOutput:
     """A `StepOutput` on the host, without the rows that were padding; the same names.
 
     Only `drafts` has a row for each sequence that may draft, or more, not for each row of logits.
+    What every row is asked for is a list: one number of an array takes ten times as long to read.
     """
 
-    token_ids: np.ndarray
-    finite: np.ndarray
+    token_ids: list[int]
+    finite: list[bool]
     rank: np.ndarray
     top_token_ids: np.ndarray
     logprob: np.ndarray
@@ -499,8 +500,8 @@ class HostOutput:
         most = (width - 4) // 2
         floats = np.ascontiguousarray(packed[:, 3 + most :]).view(np.float32)
         return HostOutput(
-            token_ids=packed[:, 0],
-            finite=packed[:, 1] > 0,
+            token_ids=packed[:, 0].tolist(),
+            finite=(packed[:, 1] > 0).tolist(),
             rank=packed[:, 2],
             top_token_ids=packed[:, 3 : 3 + most],
             logprob=floats[:, 0],

@@ -234,8 +234,28 @@ class ParallelConfig:
     """With Ulysses: steps of few tokens split the weights over all devices instead."""
     shift_parallel_threshold: int | None = None
     """Most tokens of such a step; `None`: measured at the first start."""
+    nnodes: int = 1
+    """Machines that the devices are spread over, a process each."""
+    node_rank: int = 0
+    """Which of them this one is. Node 0 has the requests, the others follow it."""
+    master_addr: str = "127.0.0.1"
+    """Address of node 0, on which it listens for the others."""
+    master_port: int = 29501
 
     def __post_init__(self) -> None:
+        _positive("nnodes", self.nnodes)
+        _integer("node_rank", self.node_rank)
+        _positive("master_port", self.master_port)
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(
+                f"node_rank must be 0 to {self.nnodes - 1} with nnodes={self.nnodes}, "
+                f"got {self.node_rank}"
+            )
+        if self.nnodes > 1 and self.data_parallel_size > 1:
+            raise ValueError(
+                f"data_parallel_size={self.data_parallel_size} does not go with "
+                f"nnodes={self.nnodes}: each engine has machines of its own"
+            )
         _positive("data_parallel_size", self.data_parallel_size)
         _positive("tensor_parallel_size", self.tensor_parallel_size)
         _positive("ulysses_sequence_parallel_size", self.ulysses_sequence_parallel_size)

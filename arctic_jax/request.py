@@ -26,12 +26,14 @@ _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 class RequestOutputKind(enum.Enum):
-    """Which states of a request its user gets."""
+    """What of a request its user gets."""
 
     CUMULATIVE = 0
-    """One a step, with everything so far."""
+    """After each step everything so far."""
+    DELTA = 1
+    """After each step what is new."""
     FINAL_ONLY = 2
-    """The last one."""
+    """Everything, at the end."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class SamplingParams:
         logit_bias: added to the logits of these token ids.
         allowed_token_ids: only these may be generated.
         structured_outputs: the form that the answer has to have.
-        output_kind: which states of the request are reported.
+        output_kind: what of the request is reported, and when.
     """
 
     # In vLLM's order, for those who pass the first few by position.
@@ -236,14 +238,15 @@ class Logprob:
 PositionLogprobs = dict[int, Logprob]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take three times as long to make, here as below
 class CompletionOutput:
-    """One answer to a prompt, so far."""
+    """One answer to a prompt: all of it so far, or what is new, see `RequestOutputKind`."""
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
+    """Of all tokens so far, always."""
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
     """`stop`, `length`, `abort` or `error`; `None` while it runs."""
@@ -256,7 +259,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestMetrics:
     """Times of one request, `time.monotonic()` seconds."""
 
@@ -270,18 +273,22 @@ class RequestMetrics:
     """Tokens that a proposer guessed and a step verified ..."""
     num_accepted_tokens: int = 0
     """... and those of them that are in the answer."""
+    replica: int = 0
+    """Which of several equal engines worked on it."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestOutput:
-    """The state of a request after a step: everything so far, not only what is new."""
+    """A request after a step: everything so far, or what is new, see `RequestOutputKind`."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    """Of `DELTA` those with anything new only; `index` says which they are."""
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    """Of `DELTA` in the first output only."""
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
 
@@ -296,10 +303,9 @@ class RequestStatus(enum.Enum):
     ABORTED = "abort"
     FAILED = "error"
 
-    @property
-    def finished(self) -> bool:
-        """Whether this is an end."""
-        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+    def __init__(self, value: str) -> None:
+        """Note whether this is an end."""
+        self.finished = value not in ("waiting", "running")
 
 
 @dataclass(eq=False)
@@ -455,7 +461,7 @@ class Request:
     def is_streaming(self) -> bool:
         """Whether its answer grows, and its user looks on."""
         generates = self.num_tokens == self.num_computed_tokens + 1 and not self.all_drawn
-        return generates and self.params.output_kind is RequestOutputKind.CUMULATIVE
+        return generates and self.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
     @property
     def wants_prompt_rows(self) -> bool:

@@ -17,14 +17,17 @@ from concurrent.futures import Future
 from typing import Any
 
 from arctic_jax.config import DEFAULT_MODEL, EngineConfig
+from arctic_jax.engine.output_processor import join_deltas
 from arctic_jax.engine.replicas import Engine, make_engine
 from arctic_jax.errors import EngineDeadError
 from arctic_jax.llm import Prompt, parse_prompt
 from arctic_jax.progress import bars
-from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.request import RequestOutput, RequestOutputKind, SamplingParams
 from arctic_jax.serving.structured_outputs import compile_grammar
 
 logger = logging.getLogger(__name__)
+
+_MOST_LETTERS = 64  # in a mailbox, before they are put together
 
 
 class AsyncEngine:
@@ -67,7 +70,8 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """Yield the state of a request until it is finished.
 
-        States that a slow reader did not fetch in time are skipped: each holds everything so far.
+        States that a slow reader did not fetch in time are skipped, or with
+        `RequestOutputKind.DELTA` put together: no more waits for it than the answers themselves.
         Leaving the iterator early aborts the request.
 
         Raises:
@@ -79,7 +83,7 @@ class AsyncEngine:
         text, ids, salt = await asyncio.to_thread(parse_prompt, prompt, self.engine)
         form = params.structured_outputs
         grammar = None if form is None else await compile_grammar(self.engine.grammars, form)
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        mailbox = _Mailbox(asyncio.get_running_loop(), params.output_kind)
 
         def add() -> None:
             self.engine.add_request(request_id, ids, params, text, priority, salt, grammar)
@@ -227,27 +231,39 @@ class _Call:
 
 
 class _Mailbox:
-    """The newest state of one request, handed from the engine's thread to an event loop."""
+    """What one request's reader has not fetched yet, from the engine's thread to an event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, kind: RequestOutputKind) -> None:
         self._loop = loop
+        self._adds_up = kind is RequestOutputKind.DELTA
         self._arrived = asyncio.Event()
-        # With a number each, as a letter may be announced again after it was fetched.
-        self._newest: tuple[int, RequestOutput | BaseException] = 0, EngineDeadError("no letter")
-        self._fetched = 0
+        self._lock = threading.Lock()
+        self._letters: list[RequestOutput] = []
+        self._death: BaseException | None = None
 
     def put(self, item: RequestOutput | BaseException) -> None:
-        """Replace what is in the box; called by the engine's thread."""
-        self._newest = self._newest[0] + 1, item
+        """Add a delta, or replace an earlier state; called by the engine's thread."""
+        with self._lock:
+            if isinstance(item, BaseException):
+                self._death = item
+            elif self._adds_up:
+                self._letters.append(item)
+                if len(self._letters) > _MOST_LETTERS:
+                    self._letters = [join_deltas(self._letters)]
+            else:
+                self._letters = [item]
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def fetch(self) -> RequestOutput:
         """Wait for something newer than what was fetched before."""
-        while self._newest[0] == self._fetched:
+        while True:
+            with self._lock:
+                letters, self._letters = self._letters, []
+                death = self._death
+            if death is not None:
+                raise EngineDeadError(str(death)) from death
+            if letters:
+                return join_deltas(letters)
             await self._arrived.wait()
             self._arrived.clear()
-        self._fetched, item = self._newest
-        if isinstance(item, BaseException):
-            raise EngineDeadError(str(item)) from item
-        return item

@@ -16,7 +16,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from arctic_jax.serving import bench_serve
+from arctic_jax.serving import bench_serve, bench_suite
 from arctic_jax.serving.options import command, make_llm, stderr, stdout
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 app = typer.Typer(help="Measure the engine.", no_args_is_help=True)
 command(app, "serve")(bench_serve.bench_serve)
+command(app, "suite")(bench_suite.suite)
+command(app, "compare")(bench_suite.compare)
 
 OutputJson = Annotated[Path | None, typer.Option(help="Write the figures to this file.")]
 

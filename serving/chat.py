@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 
-from arctic_jax.request import CompletionOutput, RequestOutput, RequestOutputKind
+from arctic_jax.request import CompletionOutput, RequestOutputKind
 from arctic_jax.serving.chat_prompt import check_tools, must_call, render
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.generation import Generation
@@ -81,8 +81,8 @@ class ChatCall:
             request,
             request.max_tokens if given is None else given,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
             structured_outputs=form,
+            output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
         )
         prompt = await render(model, request, with_tools=uses_tools)
         encoded = await model.encode(
@@ -127,8 +127,8 @@ class ChatCall:
         pieces = [_Piece(self) for _ in range(self.generation.params.n)]
         async for _, output in self.generation.states():
             usage.take(0, output)
-            for answer, piece in zip(output.outputs, pieces, strict=True):
-                for choice in piece.choices(output, answer):
+            for answer in output.outputs:
+                for choice in pieces[answer.index].choices(answer):
                     chunk.choices = [choice]
                     if always:
                         chunk.usage = usage.total
@@ -151,19 +151,17 @@ class ChatCall:
         return ChatChoice(
             index=answer.index,
             message=message,
-            logprobs=self._logprobs(answer, 0),
+            logprobs=self._logprobs(answer),
             finish_reason="tool_calls" if calls else answer.finish_reason,
             stop_reason=answer.stop_reason,
             token_ids=answer.token_ids if self._request.return_token_ids else None,
         )
 
-    def _logprobs(self, answer: CompletionOutput, first: int) -> ChatLogprobs | None:
-        """Log-probabilities of an answer's tokens from the given one on."""
+    def _logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
         if not self._request.logprobs or answer.logprobs is None:
             return None
         most = self._request.top_logprobs or 0
-        tokens, positions = answer.token_ids[first:], answer.logprobs[first:]
-        return chat_logprobs(tokens, positions, most, self._as_token_ids)
+        return chat_logprobs(answer.token_ids, answer.logprobs, most, self._as_token_ids)
 
 
 class _Splitter:
@@ -200,16 +198,16 @@ class _Splitter:
 
 
 class _Piece:
-    """How much of one answer was sent."""
+    """One answer, on its way piece by piece."""
 
     def __init__(self, call: ChatCall) -> None:
         self._call = call
         self._splitter = _Splitter(call)
-        self._num_characters = self._num_tokens = 0
-        self._begun = self._ended = False
+        self._begun = False
+        self._token_ids: list[int] = []  # of text that the parsers hold back
 
-    def choices(self, output: RequestOutput, answer: CompletionOutput) -> list[ChatChunkChoice]:
-        """Return what is new of an answer, the role before anything else."""
+    def choices(self, answer: CompletionOutput) -> list[ChatChunkChoice]:
+        """Make the choices of a delta, the role before anything else."""
         call, request = self._call, self._call._request
         found = []
         if not self._begun:
@@ -218,11 +216,9 @@ class _Piece:
             found.append(
                 ChatChunkChoice(index=answer.index, delta=role, logprobs=None, finish_reason=None)
             )
-        new = len(answer.token_ids) > self._num_tokens
-        if self._ended or not (new or answer.finished()):
-            return found
-        text = answer.text[self._num_characters :]
-        reasoning, content, calls = self._splitter.push(text, finished=answer.finished())
+        reasoning, content, calls = self._splitter.push(answer.text, finished=answer.finished())
+        if request.return_token_ids:
+            self._token_ids += answer.token_ids
         delta = ChatDelta()
         if reasoning and request.include_reasoning:
             delta.reasoning = reasoning
@@ -234,7 +230,7 @@ class _Piece:
             choice = ChatChunkChoice(
                 index=answer.index,
                 delta=delta,
-                logprobs=call._logprobs(answer, self._num_tokens),
+                logprobs=call._logprobs(answer),
                 finish_reason=answer.finish_reason,
             )
             if answer.finished():
@@ -242,8 +238,6 @@ class _Piece:
                 if self._splitter.num_calls:
                     choice.finish_reason = "tool_calls"
             if request.return_token_ids:
-                choice.token_ids = answer.token_ids[self._num_tokens :]
-            self._num_tokens = len(answer.token_ids)
+                choice.token_ids, self._token_ids = self._token_ids, []
             found.append(choice)
-        self._num_characters, self._ended = len(answer.text), answer.finished()
         return found

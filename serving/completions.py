@@ -5,7 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 
-from arctic_jax.request import CompletionOutput, RequestOutput, RequestOutputKind
+from arctic_jax.request import (
+    CompletionOutput,
+    PositionLogprobs,
+    RequestOutput,
+    RequestOutputKind,
+)
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.generation import Generation
 from arctic_jax.serving.logprobs import CompletionLogprobsWriter, prompt_logprobs
@@ -39,6 +44,7 @@ class CompletionCall:
         self._id = f"cmpl-{generation.id}"
         as_ids = request.return_tokens_as_token_ids
         self._as_token_ids = model.options.return_tokens_as_token_ids if as_ids is None else as_ids
+        self._prompt_logprobs: dict[int, list[PositionLogprobs | None]] = {}
         # Nothing is to be generated, but the engine makes no less than a token.
         self._generates = request.max_tokens != 0
 
@@ -70,8 +76,8 @@ class CompletionCall:
             max_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=wanted,
-            output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
             structured_outputs=form,
+            output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
         )
         prompts = await model.encode(
             request.prompt,
@@ -90,6 +96,7 @@ class CompletionCall:
         choices = []
         for index, output in enumerate(outputs):
             usage.take(index, output, self._generates)
+            self._keep_prompt_logprobs(index, output)
             for answer in output.outputs:
                 piece = _Piece(self, index, answer.index)
                 choices.append(piece.choice(output, answer))
@@ -116,11 +123,10 @@ class CompletionCall:
         )
         async for index, output in self.generation.states():
             usage.take(index, output, self._generates)
+            self._keep_prompt_logprobs(index, output)
             for answer in output.outputs:
                 key = (index, answer.index)
                 piece = pieces.setdefault(key, _Piece(self, *key))
-                if not piece.has_news(answer):
-                    continue
                 chunk.choices = [piece.choice(output, answer)]
                 if always:
                     chunk.usage = usage.total
@@ -129,39 +135,37 @@ class CompletionCall:
             chunk.choices, chunk.usage = [], usage.total
             yield chunk.model_dump_json(exclude_unset=True)
 
+    def _keep_prompt_logprobs(self, index: int, output: RequestOutput) -> None:
+        """Keep what a stream's first output has for all answers to a prompt."""
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[index] = output.prompt_logprobs
+
 
 class _Piece:
-    """How much of one answer was sent."""
+    """One answer, on its way piece by piece."""
 
     def __init__(self, call: CompletionCall, prompt: int, answer: int) -> None:
         self._call = call
+        self._number = prompt
         self._index = prompt * call.generation.params.n + answer
         self._prompt = call.generation.prompts[prompt]
         spell = lambda token: self._decode([token])
         self._writer = CompletionLogprobsWriter(call._as_token_ids, spell)
-        self._num_characters = self._num_tokens = 0
-        self._begun = self._ended = False
-
-    def has_news(self, answer: CompletionOutput) -> bool:
-        """Whether there is anything to send."""
-        new = len(answer.text) > self._num_characters or len(answer.token_ids) > self._num_tokens
-        return not self._ended and (new or answer.finished())
+        self._begun = False
 
     def choice(self, output: RequestOutput, answer: CompletionOutput) -> CompletionChoice:
-        """Return what is new of an answer."""
+        """Make the choice of a delta, or of a whole answer."""
         request, call = self._call._request, self._call
-        text, token_ids = answer.text[self._num_characters :], answer.token_ids[self._num_tokens :]
+        text, token_ids = answer.text, answer.token_ids
         logprobs = None
         if request.logprobs is not None:
             logprobs = CompletionLogprobs.empty()
             if request.echo and not self._begun:
-                logprobs = self._echoed(output, request.logprobs)
+                logprobs = self._echoed(output.prompt_token_ids, request.logprobs)
             if call._generates and answer.logprobs is not None:
-                new = answer.logprobs[self._num_tokens :]
-                further = self._writer.write(token_ids, new, request.logprobs)
+                further = self._writer.write(token_ids, answer.logprobs, request.logprobs)
                 for name in CompletionLogprobs.model_fields:
                     getattr(logprobs, name).extend(getattr(further, name))
-        self._num_characters, self._num_tokens = len(answer.text), len(answer.token_ids)
         if not call._generates:
             text, token_ids = "", []
         if request.echo and not self._begun:
@@ -179,14 +183,14 @@ class _Piece:
             choice.token_ids = token_ids
             if not self._begun:
                 choice.prompt_token_ids = output.prompt_token_ids
-        self._begun, self._ended = True, answer.finished()
+        self._begun = True
         return choice
 
-    def _echoed(self, output: RequestOutput, most: int) -> CompletionLogprobs:
-        positions = output.prompt_logprobs
-        if positions is None:  # of other answers than the first, too: they share the prompt
+    def _echoed(self, token_ids: list[int], most: int) -> CompletionLogprobs:
+        positions = self._call._prompt_logprobs.get(self._number)
+        if positions is None:
             return CompletionLogprobs.empty()
-        return self._writer.write(output.prompt_token_ids, positions, most)
+        return self._writer.write(token_ids, positions, most)
 
     def _prompt_text(self) -> str:
         if self._prompt.text is not None:

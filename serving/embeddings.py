@@ -13,6 +13,7 @@ from arctic_jax.errors import InvalidRequestError
 from arctic_jax.serving.metrics import Metrics
 from arctic_jax.serving.protocol import Embedding, EmbeddingRequest, EmbeddingResponse, Usage
 from arctic_jax.serving.served_model import ServedModel
+from arctic_jax.serving.tracing import current_span
 
 
 async def embed(
@@ -40,9 +41,10 @@ async def embed(
         rows, num_tokens = await engine.embed_counted(request.input, params)
     finally:
         ticket.close()
-    metrics.finished("stop")
-    metrics.count("prompt_tokens", num_tokens)
-    metrics.observe("e2e_request_latency_seconds", time.monotonic() - began)
+    metrics.embedded(num_tokens, time.monotonic() - began)
+    span = current_span.get()
+    if span is not None:
+        span.embedded(num_tokens)
     return EmbeddingResponse(
         id=f"embd-{uuid.uuid4().hex}",
         model=model.name,

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -69,6 +70,28 @@ _KINDS = {
     500: "InternalServerError",
     503: "Service Unavailable",
 }
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, and where."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "What was asked is wrong, or not there."},
+    "5XX": {"model": ErrorResponse, "description": "Too much waits, or the engine has failed."},
+}
+"""Errors of every path, for the OpenAPI document."""
 
 
 def sanitized(message: str) -> str:

@@ -8,10 +8,11 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 
-from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.request import RequestOutput, RequestOutputKind, SamplingParams
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.metrics import Metrics, RequestTimer
 from arctic_jax.serving.served_model import EncodedPrompt, ServedModel
+from arctic_jax.serving.tracing import current_span
 
 
 class Generation:
@@ -51,6 +52,10 @@ class Generation:
         for prompt in prompts:
             self._engine.engine.check_request(prompt.token_ids, params)
         num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._span = current_span.get()
+        if self._span is not None:
+            streams = params.output_kind is not RequestOutputKind.FINAL_ONLY
+            self._span.asked(self.id, params, streams)
         self._ticket = model.admission.admit(len(prompts) * params.n, num_tokens)
 
     async def __aenter__(self) -> Generation:
@@ -70,10 +75,9 @@ class Generation:
         self._ticket.close()
 
     async def states(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Yield the states of all requests as they come, each with its prompt's number.
+        """Yield what is new of all requests as it comes, each with its prompt's number.
 
-        Who reads slowly misses states, but never the last of a request. No more than one state of
-        each request waits.
+        Who reads slowly gets fewer and larger pieces; one piece of each request waits.
 
         Raises:
             APIError: a request has failed.
@@ -102,7 +106,7 @@ class Generation:
             yield item
 
     async def results(self) -> list[RequestOutput]:
-        """Return the last state of every request, in the order of the prompts; see `states`."""
+        """Return every request's end, with everything if it is `FINAL_ONLY`; see `states`."""
         found: dict[int, RequestOutput] = {}
         async for index, output in self.states():
             if output.finished:
@@ -119,18 +123,17 @@ class Generation:
             f"{self.id}-{index}",
             priority=self._priority,
         )
-        try:
-            async with contextlib.aclosing(states) as states:  # pyright: ignore
-                first = True
-                async for output in states:
-                    if first:
-                        self._ticket.started(len(prompt.token_ids))
-                        first = False
-                    timer.observe(output)
-                    self._check(output)
-                    yield output
-        finally:
-            timer.close()
+        async with contextlib.aclosing(states) as states:  # pyright: ignore
+            first = True
+            async for output in states:
+                if first:
+                    self._ticket.started(len(prompt.token_ids))
+                    first = False
+                timer.observe(output)
+                if self._span is not None:
+                    self._span.observe(output)
+                self._check(output)
+                yield output
 
     def _check(self, output: RequestOutput) -> None:
         for answer in output.outputs:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
+import math
 import os
 import socket
 import stat
@@ -18,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.embedding.embedder import Embedder
+from arctic_jax.engine.core import EngineCore
 from arctic_jax.engine.replicas import make_engine
 from arctic_jax.errors import EngineDeadError
 from arctic_jax.loading.model_files import open_model
@@ -25,7 +28,10 @@ from arctic_jax.models.registry import is_encoder
 from arctic_jax.progress import bars
 from arctic_jax.serving.async_engine import AsyncEngine
 from arctic_jax.serving.embedding_engine import EmbeddingEngine
+from arctic_jax.serving.metrics import Metrics
 from arctic_jax.serving.served_model import ServedModel
+
+logger = logging.getLogger(__name__)
 
 _LAST_WORDS = 5.0  # seconds for error events to be read, after which connections are cut
 
@@ -61,7 +67,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and watch the engine."""
         await super().startup(sockets)
-        if self._model.generates and self._step_timeout:
+        if self._model.generates:
             self._watch = asyncio.create_task(watch(self._model.engine, self._step_timeout))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -94,13 +100,22 @@ class Server(uvicorn.Server):
 
 
 async def watch(engine: AsyncEngine, timeout: float) -> None:
-    """Give an engine up when it has requests and has not begun a step for too long."""
+    """Give an engine up when it cannot go on, or has not begun a step for too long.
+
+    Args:
+        engine: idle, it has all the time.
+        timeout: seconds of a step; 0 for no limit.
+    """
+    timeout = timeout or math.inf
     cores = engine.engine.cores
     seen = {core: (core.num_steps, time.monotonic()) for core in cores}
     while not engine.dead:
         await asyncio.sleep(min(timeout / 4, 1.0))
         now = time.monotonic()
         for core in cores:
+            if core.failure is not None:
+                engine.fail(EngineDeadError(core.failure))
+                return
             if not core.has_requests or core.num_steps != seen[core][0]:
                 seen[core] = core.num_steps, now
             elif now - seen[core][1] > timeout:
@@ -164,6 +179,33 @@ def load(options: dict[str, Any]) -> AsyncEngine | EmbeddingEngine:
         return AsyncEngine(engine=make_engine(config, report, files))
 
 
+def follow(options: dict[str, Any]) -> None:
+    """Be a node without requests of an engine, `options` as for `LLM`, until node 0 ends.
+
+    Does not return: the process ends without JAX's good-bye, which needs a node 0 that lives.
+    """
+    config = EngineConfig.from_keywords(**options)
+    with bars() as report:
+        files = open_model(config.load, report)
+        if is_encoder(files.config, files.directory):
+            raise ValueError("nnodes: models that embed run on one machine")
+        core = EngineCore(config, report, files)
+    try:
+        core.runner.follow()
+    except Exception as error:
+        logger.error("node %d ends: %s", config.parallel.node_rank, error)
+        os._exit(1)
+    os._exit(0)
+
+
+def measure(model: ServedModel, prefix: str) -> Metrics:
+    """Begin to count what a model does, under names with that prefix."""
+    metrics = Metrics(model.name, prefix)
+    if model.generates:
+        metrics.watch(model.engine.engine.cores, model.admission)
+    return metrics
+
+
 def configure(app: Any, **options: Any) -> uvicorn.Config:
     """Make uvicorn's configuration, `options` on top of what is always so."""
     return uvicorn.Config(
@@ -184,7 +226,13 @@ def run(
     """Serve until told to stop; `options` are `uvicorn.Config`'s."""
     server = Server(configure(app, **options), model, shutdown_timeout, step_timeout)
     server.run([listener])
+    if not stop(engine):
+        os._exit(1)  # its thread is stuck in a step, and Python would wait for it
+
+
+def stop(engine: AsyncEngine | EmbeddingEngine) -> bool:
+    """End an engine; return whether its thread has ended, and is not stuck in a step."""
     if isinstance(engine, EmbeddingEngine):
         engine.shutdown()
-    elif not engine.shutdown(timeout=_LAST_WORDS):
-        os._exit(1)  # its thread is stuck in a step, and Python would wait for it
+        return True
+    return engine.shutdown(timeout=_LAST_WORDS)

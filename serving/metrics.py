@@ -1,16 +1,18 @@
 """What is counted, for Prometheus. Names are vLLM's behind a prefix; what only we have is last.
 
-Requests are observed by the event loop as their states arrive, with the times that the engine took;
-the engine itself is looked at when somebody asks.
+Times of requests are observed by the event loop as outputs arrive; what is summed up is the
+engines' own, which are looked at when somebody asks: so also what nobody waited for is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.monitoring
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,8 +22,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.request_totals import RequestTotals
 from arctic_jax.engine.step_log import StepRecord
-from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.request import RequestMetrics, RequestOutput, SamplingParams
 from arctic_jax.serving.limits import Admission
 
 _TO_FIRST = (
@@ -38,6 +41,7 @@ _LATENCY = (
 )
 _TOKENS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
 _STEP_TOKENS = tuple(float(2**power) for power in range(15))
+_LABELS = ("model_name", "engine")
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -58,14 +62,14 @@ _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "request_num_preemptions": ("How often a request started over.", (0.0, 1.0, 2.0, 5.0, 10.0)),
     "iteration_tokens_total": ("Tokens of a step.", _STEP_TOKENS),
 }
-_COUNTERS = {
-    "prompt_tokens": "Tokens of prompts.",
-    "generation_tokens": "Tokens generated.",
-    "prompt_tokens_cached": "Tokens of prompts that were found in the cache.",
-    "prefix_cache_queries": "Tokens looked for in the cache.",
-    "prefix_cache_hits": "Tokens found in the cache.",
-    "num_preemptions": "Requests that gave up their blocks and started over.",
-    "corrupted_requests": "Requests whose logits were no numbers, or that failed otherwise.",
+_COUNTERS: dict[str, tuple[str, Callable[[RequestTotals], int]]] = {
+    "prompt_tokens": ("Tokens of prompts.", lambda t: t.prompt_tokens),
+    "generation_tokens": ("Tokens generated.", lambda t: t.generated_tokens),
+    "prompt_tokens_cached": ("Tokens of prompts found in the cache.", lambda t: t.cached_tokens),
+    "prefix_cache_queries": ("Tokens looked for in the cache.", lambda t: t.prompt_tokens),
+    "prefix_cache_hits": ("Tokens found in the cache.", lambda t: t.cached_tokens),
+    "num_preemptions": ("Answers that started over, their blocks gone.", lambda t: t.preemptions),
+    "corrupted_requests": ("Answers that failed; see the log.", lambda t: t.ends["error"]),
 }
 
 
@@ -82,27 +86,18 @@ class Metrics:
         self.prefix = prefix
         self.registry = CollectorRegistry()
         self.num_compilations = 0
-        labels = {"labelnames": ("model_name", "engine"), "registry": self.registry}
         self._histograms = {
-            name: Histogram(prefix + name, text, buckets=buckets, **labels).labels(model_name, "0")
+            name: Histogram(prefix + name, text, _LABELS, buckets=buckets, registry=self.registry)
             for name, (text, buckets) in _HISTOGRAMS.items()
         }
-        self._counters = {
-            name: Counter(prefix + name, text, **labels).labels(model_name, "0")
-            for name, text in _COUNTERS.items()
-        }
-        self._success = Counter(
-            prefix + "request_success",
-            "Requests that have ended.",
-            ("model_name", "engine", "finished_reason"),
-            registry=self.registry,
-        )
-        for reason in ("stop", "length", "abort", "error"):
-            self.finished(reason, 0)
+        self._collector = _EngineCollector(self)
+        self._set_engines([RequestTotals()])
+        self.registry.register(self._collector)
 
     def watch(self, cores: Sequence[EngineCore], admission: Admission) -> None:
         """Report of engines, and of compilations from now on, of which there should be none."""
-        self.registry.register(_EngineCollector(self, cores, admission))
+        self._set_engines([core.outputs.totals for core in cores])
+        self._collector.cores, self._collector.admission = cores, admission
         for core in cores:
             core.step_log.on_step = self._on_step
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
@@ -115,86 +110,76 @@ class Metrics:
         """Return all figures in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def observe(self, name: str, value: float) -> None:
-        """Put a value into a histogram."""
-        self._histograms[name].observe(value)
+    def observe(self, name: str, value: float, replica: int = 0) -> None:
+        """Put a value of one of several equal engines into a histogram."""
+        self._observers[name][replica].observe(value)
 
-    def count(self, name: str, value: float) -> None:
-        """Add to a counter."""
-        self._counters[name].inc(value)
+    def embedded(self, num_tokens: int, seconds: float) -> None:
+        """Count a call that was answered with vectors."""
+        (totals,) = self._collector.totals
+        totals.prompt_tokens += num_tokens
+        totals.ends["stop"] += 1
+        self.observe("e2e_request_latency_seconds", seconds)
 
-    def finished(self, reason: str, count: int = 1) -> None:
-        """Count ended requests."""
-        self._success.labels(self.model_name, "0", reason).inc(count)
+    def _set_engines(self, totals: Sequence[RequestTotals]) -> None:
+        self._collector.totals = totals
+        self._observers = {
+            name: [histogram.labels(self.model_name, str(i)) for i in range(len(totals))]
+            for name, histogram in self._histograms.items()
+        }
 
     def _on_step(self, record: StepRecord) -> None:
-        self.observe("iteration_tokens_total", record.num_tokens)
+        self.observe("iteration_tokens_total", record.num_tokens, record.replica)
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.num_compilations += event == _COMPILED
 
 
 class RequestTimer:
-    """Observes one request as its states arrive."""
+    """Observes one request as its deltas arrive, or its end with everything."""
 
     def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
         self._metrics = metrics
         self._params = params
-        self._num_tokens = 0
+        self._num_tokens: collections.Counter[int] = collections.Counter()  # of each answer
         self._last_time: float | None = None
-        self._ended = False
 
     def observe(self, output: RequestOutput) -> None:
-        """Take a state."""
-        metrics, times = self._metrics, output.metrics
+        """Take what is new."""
+        times = output.metrics
         if times is None:
             return
-        num_tokens = sum(len(answer.token_ids) for answer in output.outputs)
-        new = num_tokens - self._num_tokens
-        self._num_tokens = num_tokens
-        metrics.count("generation_tokens", new)
+        for answer in output.outputs:
+            self._num_tokens[answer.index] += len(answer.token_ids)
+        new = sum(len(answer.token_ids) for answer in output.outputs)
         if self._last_time is None and times.first_token_time is not None:
-            metrics.observe(
-                "time_to_first_token_seconds", times.first_token_time - times.arrival_time
+            self._observe(
+                times, "time_to_first_token_seconds", times.first_token_time - times.arrival_time
             )
             new, self._last_time = new - 1, times.first_token_time
         if new > 0 and self._last_time is not None and times.last_token_time is not None:
-            # States may be skipped, and a draft brings several tokens at once: share the time.
+            # A slow reader or a draft brings several tokens at once: they share the time.
             gap = (times.last_token_time - self._last_time) * len(output.outputs) / new
             for _ in range(new):
-                metrics.observe("inter_token_latency_seconds", gap)
+                self._observe(times, "inter_token_latency_seconds", gap)
             self._last_time = times.last_token_time
         if output.finished:
-            self._finish(output)
+            self._finish(output, times)
 
-    def close(self) -> None:
-        """Count a request that was left before its end."""
-        if not self._ended:
-            self._ended = True
-            self._metrics.finished("abort")
+    def _observe(self, times: RequestMetrics, name: str, value: float) -> None:
+        self._metrics.observe(name, value, times.replica)
 
-    def _finish(self, output: RequestOutput) -> None:
-        self._ended = True
-        metrics, times = self._metrics, output.metrics
-        assert times is not None
-        prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
-        for answer in output.outputs:
-            metrics.finished(answer.finish_reason or "abort")
-            metrics.count("corrupted_requests", answer.error is not None)
-        metrics.count("prompt_tokens", prompt)
-        metrics.count("prompt_tokens_cached", cached)
-        metrics.count("prefix_cache_queries", prompt)
-        metrics.count("prefix_cache_hits", cached)
-        metrics.count("num_preemptions", times.num_preemptions)
-        longest = max(len(answer.token_ids) for answer in output.outputs)
-        metrics.observe("request_prompt_tokens", prompt)
-        metrics.observe("request_prefill_kv_computed_tokens", prompt - cached)
-        metrics.observe("request_generation_tokens", self._num_tokens)
-        metrics.observe("request_max_num_generation_tokens", longest)
-        metrics.observe("request_num_preemptions", times.num_preemptions)
-        metrics.observe("request_params_n", self._params.n)
+    def _finish(self, output: RequestOutput, times: RequestMetrics) -> None:
+        observe = functools.partial(self._observe, times)
+        prompt, longest = len(output.prompt_token_ids), max(self._num_tokens.values(), default=0)
+        observe("request_prompt_tokens", prompt)
+        observe("request_prefill_kv_computed_tokens", prompt - output.num_cached_tokens)
+        observe("request_generation_tokens", self._num_tokens.total())
+        observe("request_max_num_generation_tokens", longest)
+        observe("request_num_preemptions", times.num_preemptions)
+        observe("request_params_n", self._params.n)
         if self._params.max_tokens is not None:
-            metrics.observe("request_params_max_tokens", self._params.max_tokens)
+            observe("request_params_max_tokens", self._params.max_tokens)
         begun, first, last = (
             times.first_scheduled_time,
             times.first_token_time,
@@ -202,22 +187,24 @@ class RequestTimer:
         )
         if begun is None or first is None or last is None:
             return
-        metrics.observe("e2e_request_latency_seconds", last - times.arrival_time)
-        metrics.observe("request_queue_time_seconds", begun - times.arrival_time)
-        metrics.observe("request_inference_time_seconds", last - begun)
-        metrics.observe("request_prefill_time_seconds", first - begun)
-        metrics.observe("request_decode_time_seconds", last - first)
+        observe("e2e_request_latency_seconds", last - times.arrival_time)
+        observe("request_queue_time_seconds", begun - times.arrival_time)
+        observe("request_inference_time_seconds", last - begun)
+        observe("request_prefill_time_seconds", first - begun)
+        observe("request_decode_time_seconds", last - first)
         if longest > 1:
-            metrics.observe("request_time_per_output_token_seconds", (last - first) / (longest - 1))
+            observe("request_time_per_output_token_seconds", (last - first) / (longest - 1))
 
 
 class _EngineCollector(Collector):
     """Looks at the engines when somebody asks."""
 
-    def __init__(self, metrics: Metrics, cores: Sequence[EngineCore], admission: Admission) -> None:
+    totals: Sequence[RequestTotals]
+    cores: Sequence[EngineCore] = ()
+    admission: Admission | None = None
+
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._cores = cores
-        self._admission = admission
 
     def describe(self) -> Iterable[Metric]:
         """Say nothing of the names in advance."""
@@ -225,10 +212,13 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield a family for each figure."""
+        yield from self._requests()
+        if self.admission is None:
+            return
         yield from self._gauges()
         yield from self._steps()
         yield from self._speculation()
-        refused = self._admission.num_refused.items()
+        refused = self.admission.num_refused.items()
         yield self._counter(
             "admission_rejections", "Calls refused because too much waited.", "reason", [refused]
         )
@@ -237,17 +227,21 @@ class _EngineCollector(Collector):
             "compilations_after_ready", "Programs compiled while serving.", None, compiled
         )
 
+    def _requests(self) -> Iterator[Metric]:
+        for name, (text, value) in _COUNTERS.items():
+            yield self._counter(name, text, None, [[("", value(t))] for t in self.totals])
+        ends = [t.ends.items() for t in self.totals]
+        yield self._counter("request_success", "Answers that have ended.", "finished_reason", ends)
+
     def _gauges(self) -> Iterator[Metric]:
-        schedulers = [core.scheduler for core in self._cores]
+        schedulers = [core.scheduler for core in self.cores]
         used = [1 - s.pool.num_free / s.pool.num_blocks for s in schedulers]
         for name, text, values in (
             ("num_requests_running", "Answers in steps.", [len(s.running) for s in schedulers]),
             ("num_requests_waiting", "Answers that wait.", [len(s.waiting) for s in schedulers]),
             ("kv_cache_usage_perc", "Share of the cache's blocks in use.", used),
         ):
-            family = GaugeMetricFamily(
-                self._metrics.prefix + name, text, labels=("model_name", "engine")
-            )
+            family = GaugeMetricFamily(self._metrics.prefix + name, text, labels=_LABELS)
             for i, value in enumerate(values):
                 family.add_metric((self._metrics.model_name, str(i)), value)
             yield family
@@ -266,7 +260,7 @@ class _EngineCollector(Collector):
         yield info
 
     def _steps(self) -> Iterator[Metric]:
-        totals = [dict(core.step_log.totals) for core in self._cores]
+        totals = [dict(core.step_log.totals) for core in self.cores]
         for name, text, attribute in (
             ("steps", "Steps, by layout.", "steps"),
             ("step_tokens", "Tokens of steps, by layout.", "tokens"),
@@ -279,13 +273,13 @@ class _EngineCollector(Collector):
             yield self._counter(name, text, "layout", values)
         skipped = [
             [("", sum(t.tokens - t.rows for t in of.values()) if _narrows(core) else 0)]
-            for core, of in zip(self._cores, totals, strict=True)
+            for core, of in zip(self.cores, totals, strict=True)
         ]
         text = "Tokens that left the model before its upper layers."
         yield self._counter("swiftkv_skipped_rows", text, None, skipped)
 
     def _speculation(self) -> Iterator[Metric]:
-        stats = [core.proposer.stats for core in self._cores]
+        stats = [core.proposer.stats for core in self.cores]
         drafts = [[("", s.num_drafts)] for s in stats]
         yield self._counter("spec_decode_num_drafts", "Drafts.", None, drafts)
         drafted = [[("", int(s.drafted.sum()))] for s in stats]
@@ -305,7 +299,7 @@ class _EngineCollector(Collector):
         self, name: str, text: str, label: str | None, values: Iterable[Iterable[Any]]
     ) -> Metric:
         """Make a counter of (label's value, number) pairs of each engine."""
-        labels = ("model_name", "engine", *([label] if label else []))
+        labels = (*_LABELS, *([label] if label else []))
         family = CounterMetricFamily(self._metrics.prefix + name, text, labels=labels)
         for i, pairs in enumerate(values):
             for value, number in pairs:

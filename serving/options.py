@@ -95,6 +95,16 @@ def engine_options(
     shift_parallel_threshold: Annotated[
         int | None, _option(help="Most tokens of such a step; by default measured.")
     ] = None,
+    nnodes: Annotated[
+        int, _option(help="Machines that the devices of one engine are spread over.")
+    ] = ParallelConfig.nnodes,
+    node_rank: Annotated[
+        int, _option(help="Which of them this one is; all but 0 are --headless.")
+    ] = ParallelConfig.node_rank,
+    master_addr: Annotated[
+        str, _option(help="Address of node 0, on which it listens for the others.")
+    ] = ParallelConfig.master_addr,
+    master_port: Annotated[int, _option(help="Its port.")] = ParallelConfig.master_port,
     speculative_config: Annotated[
         str | None,
         _option(
@@ -149,13 +159,13 @@ def make_llm(engine: dict[str, Any]) -> "LLM":
     return LLM(**engine)
 
 
-def command[**P](app: typer.Typer, name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+def command[**P, R](app: typer.Typer, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a function as a command of `app`, with `--debug` and its errors shown as one line.
 
     A parameter called `engine` stands for all of `engine_options` and receives its result.
     """
 
-    def register(function: Callable[P, None]) -> Callable[P, None]:
+    def register(function: Callable[P, R]) -> Callable[P, R]:
         own = inspect.signature(function).parameters
         shared = inspect.signature(engine_options).parameters if "engine" in own else {}
         debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback.")]
@@ -168,12 +178,12 @@ def command[**P](app: typer.Typer, name: str) -> Callable[[Callable[P, None]], C
         }
 
         @functools.wraps(function)
-        def run(*, debug: bool, **values: Any) -> None:
+        def run(*, debug: bool, **values: Any) -> R:
             arguments = {n: v for n, v in values.items() if n in own}
             if shared:
                 arguments["engine"] = engine_options(**{n: values[n] for n in shared})
             try:
-                function(**arguments)  # type: ignore[call-arg]
+                return function(**arguments)  # type: ignore[call-arg]
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
             except (ValueError, OSError) as error:  # what arctic_jax.errors derives from, and files

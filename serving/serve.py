@@ -1,13 +1,21 @@
 """The command `arctic-jax serve`: a model behind the endpoint."""
 
+import functools
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from arctic_jax.serving.options import stderr
+from arctic_jax.serving.options import command, stderr
+
+if TYPE_CHECKING:
+    from arctic_jax.serving.served_model import ServedOptions
+    from arctic_jax.serving.server import HttpOptions
+    from arctic_jax.serving.tracing import Tracer
 
 PANEL = "Server options"
 LIMITS = "Limits"
@@ -33,26 +41,80 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(str(error)) from error
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} must hold names of options and their values")
-    defaults: dict[str, Any] = {}
-    for name, value in values.items():
-        parameter, negated = _find(ctx.command.params, str(name))
-        if isinstance(value, dict):  # such as speculative-config
-            value = json.dumps(value)
-        defaults[parameter] = not value if negated else value
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    ctx.default_map = {**_defaults(ctx.command.params, values), **(ctx.default_map or {})}
     return path
 
 
-def _find(parameters: list[Any], name: str) -> tuple[str, bool]:
+def _defaults(parameters: list[Any], values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what a command's parameters are for options that come as names and values.
+
+    Raises:
+        typer.BadParameter: there is no such option.
+    """
+    defaults: dict[str, Any] = {}
+    for name, value in values.items():
+        parameter, negated = _find(parameters, str(name))
+        if isinstance(value, dict):  # such as speculative-config
+            value = json.dumps(value)
+        if parameter.multiple and not isinstance(value, list):
+            value = [value]
+        defaults[parameter.name] = not value if negated else value
+    return defaults
+
+
+def _find(parameters: list[Any], name: str) -> tuple[Any, bool]:
     """Return the parameter that an option sets, and whether it is its --no- form."""
     wanted = "--" + name.replace("_", "-")
     for parameter in parameters:
         if parameter.name is not None and wanted in (*parameter.opts, *parameter.secondary_opts):
-            return parameter.name, wanted in parameter.secondary_opts
+            return parameter, wanted in parameter.secondary_opts
     raise typer.BadParameter(f"there is no option {wanted}")
 
 
-def serve(
+@dataclass(frozen=True)
+class Settings:
+    """What the command's options say.
+
+    Attributes:
+        engine: options as for `LLM`.
+        served: how the model is served.
+        http: who may ask.
+        host, port, uds: where to listen.
+        headless: not to listen, but to follow node 0.
+        metrics_prefix: of metrics' names.
+        shutdown_timeout: seconds for calls to finish.
+        step_timeout: seconds after which a stuck engine is given up; 0 for never.
+        uvicorn: options of the HTTP server.
+        otlp_traces_endpoint: where spans go, if anywhere.
+    """
+
+    engine: dict[str, Any]
+    served: "ServedOptions"
+    http: "HttpOptions"
+    host: str
+    port: int
+    uds: str | None
+    headless: bool
+    metrics_prefix: str
+    shutdown_timeout: float
+    step_timeout: float
+    uvicorn: dict[str, Any]
+    otlp_traces_endpoint: str | None = None
+
+    def tracer(self) -> "Tracer | None":
+        """Return what sends a span of every call, if the user wants that.
+
+        Raises:
+            ValueError: see `Tracer`.
+        """
+        from arctic_jax.serving.tracing import Tracer
+
+        if self.otlp_traces_endpoint is None:
+            return None
+        return Tracer(self.otlp_traces_endpoint, self.served.names[0])
+
+
+def read_settings(
     engine: dict[str, Any],
     model_tag: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.")
@@ -69,6 +131,9 @@ def serve(
     served_model_name: Annotated[
         list[str] | None, _option(help="Name in the API; repeatable. By default the model.")
     ] = None,
+    headless: Annotated[
+        bool, _option("--headless", help="No endpoint: follow node 0, see --nnodes.")
+    ] = False,
     api_key: Annotated[
         list[str] | None,
         _option(
@@ -127,6 +192,9 @@ def serve(
     metrics_prefix: Annotated[
         str, _option(help="Of metrics' names; vllm: for what was made for vLLM.")
     ] = "arctic_jax:",
+    otlp_traces_endpoint: Annotated[
+        str | None, _option(help="URL of a collector for OpenTelemetry's spans, one a call.")
+    ] = None,
     shutdown_timeout: Annotated[
         float, _option(min=0, help="Seconds for calls to finish after SIGTERM.")
     ] = 30.0,
@@ -154,13 +222,16 @@ def serve(
     body_timeout: Annotated[
         float, _option(min=1, help="Seconds between pieces of a body.", panel=LIMITS)
     ] = 30.0,
-) -> None:
-    """Serve a model over HTTP, as OpenAI and vLLM do; see docs/serving.md."""
+) -> Settings:
+    """Check the options of `arctic-jax serve`, and return what they say.
+
+    Raises:
+        ValueError: one is wrong, or lets anybody in.
+    """
     from arctic_jax.serving import lifecycle, reasoning_parsers, tool_parsers
     from arctic_jax.serving.limits import Limits
-    from arctic_jax.serving.metrics import Metrics
-    from arctic_jax.serving.served_model import ServedModel, ServedOptions
-    from arctic_jax.serving.server import HttpOptions, build_app
+    from arctic_jax.serving.served_model import ServedOptions
+    from arctic_jax.serving.server import HttpOptions
 
     if model_tag is not None:
         engine["model"] = model_tag
@@ -170,7 +241,14 @@ def serve(
             f"--host {host} lets others than this machine in: give --api-key, or say "
             "--allow-unauthenticated"
         )
-    options = ServedOptions(
+    if headless != (engine["node_rank"] > 0):
+        raise ValueError(
+            f"--node-rank {engine['node_rank']} must {'not ' if headless else ''}be --headless: "
+            "node 0 has the endpoint, the others follow it"
+        )
+    if enable_auto_tool_choice and tool_call_parser is None:
+        raise ValueError("--enable-auto-tool-choice needs --tool-call-parser")
+    served = ServedOptions(
         names=tuple(served_model_name or (engine["model"],)),
         limits=Limits(
             max_body_bytes=max_body_size,
@@ -196,39 +274,83 @@ def serve(
         enable_prompt_tokens_details=enable_prompt_tokens_details,
         enable_force_include_usage=enable_force_include_usage,
     )
-    if enable_auto_tool_choice and tool_call_parser is None:
-        raise ValueError("--enable-auto-tool-choice needs --tool-call-parser")
-    http = HttpOptions(
-        api_keys=keys,
-        public_metrics=public_metrics,
-        max_header_bytes=max_header_size,
-        body_timeout=body_timeout,
-        allowed_origins=_json("allowed-origins", allowed_origins, list),
+    return Settings(
+        engine=engine,
+        served=served,
+        http=HttpOptions(
+            api_keys=keys,
+            public_metrics=public_metrics,
+            max_header_bytes=max_header_size,
+            body_timeout=body_timeout,
+            allowed_origins=_json("allowed-origins", allowed_origins, list),
+        ),
+        host=host,
+        port=port,
+        uds=uds,
+        headless=headless,
+        metrics_prefix=metrics_prefix,
+        shutdown_timeout=shutdown_timeout,
+        step_timeout=step_timeout,
+        uvicorn={
+            "timeout_keep_alive": keep_alive_timeout,
+            "h11_max_incomplete_event_size": max_header_size,
+            "log_level": uvicorn_log_level,
+            "access_log": access_log,
+            "ssl_keyfile": ssl_keyfile,
+            "ssl_certfile": ssl_certfile,
+            "ssl_ca_certs": ssl_ca_certs,
+            "ssl_cert_reqs": ssl_cert_reqs,
+        },
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
-    with lifecycle.bind(host, port, uds) as listener:
-        running = lifecycle.load(engine)
-        model = ServedModel(running, options)
-        metrics = Metrics(model.name, metrics_prefix)
-        if model.generates:
-            metrics.watch(model.engine.engine.cores, model.admission)
-        address = uds or "{}:{}".format(*listener.getsockname()[:2])
+
+
+@functools.wraps(read_settings, assigned=())  # it has the same options
+def serve(**options: Any) -> None:
+    """Serve a model over HTTP, as OpenAI and vLLM do; see docs/serving.md."""
+    from arctic_jax.serving import lifecycle
+    from arctic_jax.serving.served_model import ServedModel
+    from arctic_jax.serving.server import build_app
+
+    settings = read_settings(**options)
+    if settings.headless:
+        stderr.print(Text("Waiting for node 0; it ends this node, too", "dim"))
+        lifecycle.follow(settings.engine)
+        return
+    tracer = settings.tracer()
+    with lifecycle.bind(settings.host, settings.port, settings.uds) as listener:
+        running = lifecycle.load(settings.engine)
+        model = ServedModel(running, settings.served)
+        metrics = lifecycle.measure(model, settings.metrics_prefix)
+        address = settings.uds or "{}:{}".format(*listener.getsockname()[:2])
         stderr.print(Text(f"{model.name} is ready on {address}; Ctrl-C stops the server", "dim"))
         lifecycle.run(
-            build_app(model, metrics, http),
+            build_app(model, metrics, replace(settings.http, tracer=tracer)),
             listener,
             model,
             running,
-            shutdown_timeout=shutdown_timeout,
-            step_timeout=step_timeout,
-            timeout_keep_alive=keep_alive_timeout,
-            h11_max_incomplete_event_size=max_header_size,
-            log_level=uvicorn_log_level,
-            access_log=access_log,
-            ssl_keyfile=ssl_keyfile,
-            ssl_certfile=ssl_certfile,
-            ssl_ca_certs=ssl_ca_certs,
-            ssl_cert_reqs=ssl_cert_reqs,
+            shutdown_timeout=settings.shutdown_timeout,
+            step_timeout=settings.step_timeout,
+            **settings.uvicorn,
         )
+    if tracer is not None:
+        tracer.close()
+
+
+def settings_of(options: Mapping[str, Any]) -> Settings:
+    """Return what the command would make of options that come as names and values.
+
+    Raises:
+        ValueError: there is no such option, or its value is wrong.
+    """
+    app = typer.Typer(add_completion=False)
+    command(app, "serve")(read_settings)
+    parser = typer.main.get_command(app)
+    try:
+        given = _defaults(parser.params, options)
+        return parser.main(["--debug"], "serve", standalone_mode=False, default_map=given)
+    except typer.BadParameter as error:
+        raise ValueError(error.format_message()) from error
 
 
 def _chosen(option: str, name: str | None, choices: dict[str, Any]) -> Any:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from arctic_jax import __version__
 from arctic_jax.serving import embeddings, error_responses
@@ -18,6 +19,7 @@ from arctic_jax.serving.chat_prompt import render
 from arctic_jax.serving.completions import CompletionCall
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.event_stream import EventStream, unless_disconnected
+from arctic_jax.serving.limits import Limits
 from arctic_jax.serving.metrics import Metrics
 from arctic_jax.serving.middleware import ApiKeys, SizeLimits
 from arctic_jax.serving.protocol import (
@@ -35,6 +37,7 @@ from arctic_jax.serving.protocol import (
     TokenizeResponse,
 )
 from arctic_jax.serving.served_model import ServedModel
+from arctic_jax.serving.tracing import Tracer, Tracing
 
 CLIENT_GONE = 499  # nginx' number; nobody is there to read it
 
@@ -52,6 +55,7 @@ class HttpOptions:
         allowed_methods: for them.
         allowed_headers: for them.
         allow_credentials: for them.
+        tracer: sends a span of every call.
     """
 
     api_keys: Sequence[str] = ()
@@ -62,6 +66,7 @@ class HttpOptions:
     allowed_methods: Sequence[str] = ("*",)
     allowed_headers: Sequence[str] = ("*",)
     allow_credentials: bool = False
+    tracer: Tracer | None = None
 
 
 def build_app(model: ServedModel, metrics: Metrics, options: HttpOptions | None = None) -> FastAPI:
@@ -73,28 +78,41 @@ def build_app(model: ServedModel, metrics: Metrics, options: HttpOptions | None 
         options: of HTTP.
     """
     options = options or HttpOptions()
-    app = FastAPI(title="arctic-jax", version=__version__)
+    middleware = guards(options, model.options.limits)
+    if options.tracer is not None:  # innermost: who is not let in leaves no span
+        middleware.append(Middleware(Tracing, tracer=options.tracer))
+    app = FastAPI(
+        title="arctic-jax",
+        version=__version__,
+        middleware=middleware,
+        responses=error_responses.DOCUMENTED,
+    )
     error_responses.install(app)
     _add_generation(app, model, metrics)
     _add_tokens(app, model)
     _add_status(app, model, metrics)
-    app.add_middleware(
-        SizeLimits,
-        max_header_bytes=options.max_header_bytes,
-        max_bytes=model.options.limits.max_body_bytes,
-        max_seconds=options.body_timeout,
+    return app
+
+
+def guards(options: HttpOptions, limits: Limits) -> list[Middleware]:
+    """Return what every call passes before it reaches a route, the outermost first."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=options.allowed_origins,
+        allow_methods=options.allowed_methods,
+        allow_headers=options.allowed_headers,
+        allow_credentials=options.allow_credentials,
     )
     public = ["/health", *(["/metrics"] if options.public_metrics else [])]
-    app.add_middleware(ApiKeys, keys=options.api_keys, public=public)
-    if options.allowed_origins:  # last, so that also refusals can be read by scripts
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=options.allowed_origins,
-            allow_methods=options.allowed_methods,
-            allow_headers=options.allowed_headers,
-            allow_credentials=options.allow_credentials,
-        )
-    return app
+    keys = Middleware(ApiKeys, keys=options.api_keys, public=public)
+    sizes = Middleware(
+        SizeLimits,
+        max_header_bytes=options.max_header_bytes,
+        max_bytes=limits.max_body_bytes,
+        max_seconds=options.body_timeout,
+    )
+    # The first is CORS, so that also refusals can be read by scripts.
+    return [*([cors] if options.allowed_origins else []), keys, sizes]
 
 
 async def _only_json(request: Request) -> None:
@@ -106,15 +124,26 @@ async def _only_json(request: Request) -> None:
 
 
 JSON_BODY: Any = [Depends(_only_json)]
+STREAMED: Any = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def _add_generation(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
-    @app.post("/v1/completions", dependencies=JSON_BODY, response_model=CompletionResponse)
+    @app.post(
+        "/v1/completions",
+        dependencies=JSON_BODY,
+        response_model=CompletionResponse,
+        responses=STREAMED,
+    )
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         call = await CompletionCall.begin(model, metrics, body)
         return await _answer(call, body.stream, request)
 
-    @app.post("/v1/chat/completions", dependencies=JSON_BODY, response_model=ChatCompletionResponse)
+    @app.post(
+        "/v1/chat/completions",
+        dependencies=JSON_BODY,
+        response_model=ChatCompletionResponse,
+        responses=STREAMED,
+    )
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         call = await ChatCall.begin(model, metrics, body)
         return await _answer(call, body.stream, request)
@@ -189,7 +218,7 @@ def _add_status(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
             ]
         )
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         return Response(status_code=200 if model.healthy else 503)
 
@@ -201,6 +230,6 @@ def _add_status(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
     async def load() -> dict[str, int]:
         return {"server_load": model.admission.num_calls}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def read_metrics() -> Response:
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

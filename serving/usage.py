@@ -15,25 +15,23 @@ class UsageCounter:
 
     def __init__(self, details: bool) -> None:
         self._details = details
-        self._counts: dict[int, tuple[int, int, int]] = {}
+        self._prompts: dict[int, tuple[int, int]] = {}
+        self._num_generated = 0
 
     def take(self, index: int, output: RequestOutput, generates: bool = True) -> None:
-        """Take the newest state of a request."""
-        completion = sum(len(answer.token_ids) for answer in output.outputs) if generates else 0
-        self._counts[index] = (
-            len(output.prompt_token_ids),
-            completion,
-            output.num_cached_tokens,
-        )
+        """Take what is new of a request."""
+        if generates:
+            self._num_generated += sum(len(answer.token_ids) for answer in output.outputs)
+        self._prompts[index] = len(output.prompt_token_ids), output.num_cached_tokens
 
     @property
     def total(self) -> Usage:
         """Sums over the requests."""
-        prompt, completion, cached = map(sum, zip(*self._counts.values(), strict=True))
+        prompt, cached = map(sum, zip(*self._prompts.values(), strict=True))
         details = PromptTokensDetails(cached_tokens=cached) if self._details else None
         return Usage(
             prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
+            completion_tokens=self._num_generated,
+            total_tokens=prompt + self._num_generated,
             prompt_tokens_details=details,
         )

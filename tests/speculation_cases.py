@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from tiny_engine import GREEDY
 
+from arctic_jax.batch import HostOutput, ScheduledBatch
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.request import CompletionOutput, Request, SamplingParams
 from arctic_jax.spec_decode.proposer import Draft, HostProposer, NoProposer, Proposer
@@ -108,6 +109,21 @@ class SideBranch(Replay):
         parents = [-1, *range(len(wrong) - 1), -1, *range(len(wrong), len(wrong) + len(right) - 1)]
         probs = [0.9] * len(wrong) + [0.8] * len(right)
         return Draft.of_tree(wrong + right, parents[-len(probs) :], probs, 1.0)
+
+
+class Recorder(Replay):
+    """Proposes what is known to come, some of it wrong, and notes what the device drafts."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.drafted: list[tuple[list[int], list[int]]] = []
+
+    def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
+        for part, draft in zip(scheduled.requests, output.drafts.tolist(), strict=False):
+            if part.samples and not part.request.status.finished:
+                known = part.request.prompt_token_ids + part.request.output_token_ids
+                self.drafted.append((known, draft))
+        super().propose(scheduled, output)
 
 
 def greedy(max_tokens: int | None, **more: Any) -> SamplingParams:

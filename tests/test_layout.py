@@ -148,6 +148,6 @@ def test_no_file_says_where_packages_come_from():
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
 def test_the_paths_in_a_document_exist(name):
-    folders = "arctic_jax|models|serving|pallas_kernels|tests|scripts|docs"
+    folders = "arctic_jax|models|serving|pallas_kernels|tests|scripts|docs|notebooks|examples"
     paths = re.findall(rf"`((?:{folders})/[\w./-]*)`", (ROOT / name).read_text())
     assert [path for path in paths if not (ROOT / path).exists()] == []

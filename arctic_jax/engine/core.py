@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from arctic_jax.config import EngineConfig
+from arctic_jax.engine import multihost
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.drafter_files import open_drafter
 from arctic_jax.engine.grammar_compiler import Grammar, GrammarCompiler
@@ -21,7 +22,7 @@ from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
 from arctic_jax.engine.step_log import StepLog
-from arctic_jax.errors import InvalidRequestError
+from arctic_jax.errors import EngineDeadError, InvalidRequestError
 from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
@@ -55,6 +56,7 @@ class EngineCore:
         replica: int = 0,
     ) -> None:
         _prepare_jax(config)
+        multihost.join(config.parallel)
         limits = config.scheduler.limits(jax.default_backend())
         self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)
@@ -79,7 +81,7 @@ class EngineCore:
             by_priority=config.scheduler.scheduling_policy == "priority",
         )
         self.proposer = build_proposer(config.speculative)
-        self.outputs = OutputProcessor(self.tokenizer)
+        self.outputs = OutputProcessor(self.tokenizer, replica)
         self.grammars = GrammarCompiler(
             self.tokenizer,
             model_config.vocab_size,
@@ -179,11 +181,14 @@ class EngineCore:
                 batch.num_rows,
                 step.num_padded_tokens,
             )
-        except BaseException:  # nobody may build on what these requests were about to write
+        except BaseException as error:
+            # Nobody may build on what these requests were about to write.
             self._in_flight = None
             parts = (*scheduled.requests, *(step.scheduled.requests if step else ()))
             for request in {part.request for part in parts if not part.request.status.finished}:
                 self._finish(request, RequestStatus.FAILED)
+            if isinstance(error, Exception) and (failure := self.runner.failure(seconds=1.0)):
+                raise EngineDeadError(failure) from error
             raise
         live = [part for part in step.scheduled.requests if not part.request.status.finished]
         changed = {self._group_of[part.request]: None for part in live if part.samples}
@@ -213,6 +218,11 @@ class EngineCore:
     def has_requests(self) -> bool:
         """Whether there is anything to do."""
         return self.scheduler.has_requests
+
+    @property
+    def failure(self) -> str | None:
+        """Why no step can succeed any more, if that is known; any thread may ask."""
+        return self.runner.failure()
 
     @property
     def cores(self) -> list[EngineCore]:
@@ -253,6 +263,7 @@ class EngineCore:
 
     def _finish(self, request: Request, status: RequestStatus) -> None:
         self.scheduler.finish(request, status)
+        self.outputs.totals.end(request)
         self.runner.forget(request)
         self.proposer.finish(request)
         del self._group_of[request]

@@ -21,7 +21,8 @@ class TextStream:
     It continues the prompt: where a tokenizer drops the space before the first word of a text, the
     answer's first word keeps it. Bytes of a character that is not complete yet, and text that may
     turn out to be the beginning of a stop string, are held back from `visible`. Without stop
-    strings no text is made before somebody wants it: all at once is much cheaper.
+    strings no text is made before somebody wants it: all at once is much cheaper. What is taken
+    with `take` is forgotten here, so that an answer taken bit by bit costs its length once.
 
     Args:
         tokenizer: decodes.
@@ -47,7 +48,9 @@ class TextStream:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._longest = max(map(len, self._stop), default=1)
+        self._begun = False
         self.text = ""
+        """What was made of the tokens and not taken yet."""
 
     def push(self, token: int, may_stop: bool = True) -> str | None:
         """Take a token; return the stop string that it completes, after cutting the text there."""
@@ -76,12 +79,12 @@ class TextStream:
     def flush(self) -> None:
         """Make the text of all tokens taken so far."""
         tokens, self._pending = self._pending, []
-        if len(tokens) > 1 and not self.text:
+        if len(tokens) > 1 and not self._begun:
             stream = self._new_stream()
             with contextlib.suppress(Exception):  # what is wrong shows one by one
                 self.text = stream.step(self._tokenizer, tokens) or ""
             if self.text:
-                self._stream = stream
+                self._stream, self._begun = stream, True
                 return
         for token in tokens:  # also if the last one leaves a character incomplete
             self.text += self._decode(token) or ""
@@ -90,6 +93,7 @@ class TextStream:
         return DecodeStream(self._context, skip_special_tokens=self._skip_special_tokens)
 
     def _decode(self, token: int) -> str | None:
+        self._begun = True
         try:
             return self._stream.step(self._tokenizer, token)
         except Exception as error:  # the library has no type of its own for it
@@ -109,6 +113,15 @@ class TextStream:
             if length >= len(prompt):
                 break
         return []
+
+    def take(self, everything: bool) -> str:
+        """Hand out what is `visible`, or everything at the end of the answer, and forget it.
+
+        A stop string that is found later never begins in what was visible.
+        """
+        taken = self.text if everything else self.visible
+        self.text = self.text[len(taken) :]
+        return taken
 
     @property
     def visible(self) -> str:

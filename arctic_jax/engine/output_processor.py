@@ -7,10 +7,12 @@ requests that the scheduler knows.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.engine.detokenizer import TextStream
+from arctic_jax.engine.request_totals import RequestTotals
 from arctic_jax.loading.tokenizer import Tokenizer
 from arctic_jax.request import (
     CompletionOutput,
@@ -32,6 +34,13 @@ class RequestGroup:
     prompt: str | None
     members: list[Request]
     streams: dict[Request, TextStream] = field(default_factory=dict)
+    num_reported: dict[Request, int] = field(default_factory=dict)
+    """Tokens of each answer that its user has; kept for `DELTA` only."""
+    ends_reported: set[Request] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Note what its user gets."""
+        self.kind = self.members[0].params.output_kind
 
     @property
     def finished(self) -> bool:
@@ -41,15 +50,23 @@ class RequestGroup:
     @property
     def reports(self) -> bool:
         """Whether its user gets the state after this step."""
-        everything = self.members[0].params.output_kind is RequestOutputKind.CUMULATIVE
-        return everything or self.finished
+        # The prompt's log-probabilities come with the first output, so all of them must be there.
+        is_ready = not self.members[0].wants_prompt_rows
+        return (is_ready and self.kind is not RequestOutputKind.FINAL_ONLY) or self.finished
 
 
 class OutputProcessor:
-    """Takes each step's output onto its requests and makes `RequestOutput`s."""
+    """Takes each step's output onto its requests and makes `RequestOutput`s.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        tokenizer: of the model.
+        replica: which of several equal engines this is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, replica: int = 0) -> None:
         self.tokenizer = tokenizer
+        self.totals = RequestTotals()
+        self._replica = replica
 
     def open(self, group: RequestGroup) -> None:
         """Start the texts of a new group."""
@@ -136,12 +153,15 @@ class OutputProcessor:
         self, request: Request, row: int, output: HostOutput, group: RequestGroup
     ) -> RequestStatus | None:
         """Append a row's token; return how the request ends, if it does."""
-        params, token = request.params, int(output.token_ids[row])
+        params, token = request.params, output.token_ids[row]
         now = time.monotonic()
-        request.first_token_time = request.first_token_time or now
+        if request.first_token_time is None:
+            request.first_token_time = now
+            self.totals.begin(request)
         request.last_token_time = now
         request.take_token(token)
         complete = request.matcher is not None and request.matcher.accept(token)
+        self.totals.generated_tokens += 1
         if params.logprobs is not None:
             request.cumulative_logprob += float(output.logprob[row])
             alternatives = self._logprobs(output, row, token, params.logprobs)
@@ -180,15 +200,20 @@ class OutputProcessor:
         }
 
     def output(self, group: RequestGroup) -> RequestOutput:
-        """Make the picture of a group that its user gets."""
-        first = group.members[0]
+        """Make what a group's user gets after a step."""
+        first, finished = group.members[0], group.finished
         wanted = first.params.prompt_logprobs is not None
+        if group.kind is RequestOutputKind.DELTA:
+            wanted = wanted and not group.num_reported
+            answers = [delta for m in group.members if (delta := self._delta(m, group))]
+        else:
+            answers = [self._completion(member, group) for member in group.members]
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=[self._completion(member, group) for member in group.members],
-            finished=group.finished,
+            outputs=answers,
+            finished=finished,
             prompt_logprobs=list(first.prompt_logprobs) if wanted else None,
             num_cached_tokens=first.num_cached_tokens,
             metrics=RequestMetrics(
@@ -196,27 +221,75 @@ class OutputProcessor:
                 first_scheduled_time=first.first_scheduled_time,
                 first_token_time=first.first_token_time,
                 last_token_time=first.last_token_time,
-                finished_time=time.monotonic() if group.finished else None,
+                finished_time=time.monotonic() if finished else None,
                 num_preemptions=sum(m.num_preemptions for m in group.members),
                 num_drafted_tokens=sum(m.num_drafted_tokens for m in group.members),
                 num_accepted_tokens=sum(m.num_accepted_tokens for m in group.members),
+                replica=self._replica,
             ),
         )
 
     def _completion(self, request: Request, group: RequestGroup) -> CompletionOutput:
         stream = group.streams.get(request)
-        wanted = request.params.logprobs is not None
         text = ""
         if stream is not None:
             stream.flush()
             text = stream.text if request.status.finished else stream.visible
-        return CompletionOutput(
-            index=request.index,
-            text=text,
-            token_ids=list(request.output_token_ids),
-            cumulative_logprob=request.cumulative_logprob if wanted else None,
-            logprobs=list(request.output_logprobs) if wanted else None,
-            finish_reason=request.status.value if request.status.finished else None,
-            stop_reason=request.stop_reason,
-            error=request.error,
-        )
+        return _answer(request, text, 0)
+
+    def _delta(self, request: Request, group: RequestGroup) -> CompletionOutput | None:
+        """What is new of an answer since the last call; `None` for nothing."""
+        known, ended = group.num_reported.get(request, 0), request.status.finished
+        if request in group.ends_reported or not (ended or len(request.output_token_ids) > known):
+            return None
+        group.num_reported[request] = len(request.output_token_ids)
+        if ended:
+            group.ends_reported.add(request)
+        stream = group.streams.get(request)
+        text = ""
+        if stream is not None:
+            stream.flush()
+            text = stream.take(ended)
+        return _answer(request, text, known)
+
+
+def _answer(request: Request, text: str, first: int) -> CompletionOutput:
+    """An answer with this text and its tokens from the given one on."""
+    wanted = request.params.logprobs is not None
+    return CompletionOutput(
+        index=request.index,
+        text=text,
+        token_ids=request.output_token_ids[first:],
+        cumulative_logprob=request.cumulative_logprob if wanted else None,
+        logprobs=request.output_logprobs[first:] if wanted else None,
+        finish_reason=request.status.value if request.status.finished else None,
+        stop_reason=request.stop_reason,
+        error=request.error,
+    )
+
+
+def join_deltas(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Make one output of several `DELTA`s of a request that follow one another, at least one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    parts: dict[int, list[CompletionOutput]] = {}
+    for output in outputs:
+        for answer in output.outputs:
+            parts.setdefault(answer.index, []).append(answer)
+    return replace(
+        outputs[-1],
+        outputs=[_join_answers(parts[index]) for index in sorted(parts)],
+        prompt_logprobs=outputs[0].prompt_logprobs,
+    )
+
+
+def _join_answers(parts: Sequence[CompletionOutput]) -> CompletionOutput:
+    logprobs = None
+    if parts[-1].logprobs is not None:
+        logprobs = [position for part in parts for position in part.logprobs or ()]
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=[token for part in parts for token in part.token_ids],
+        logprobs=logprobs,
+    )

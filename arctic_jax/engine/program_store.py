@@ -106,8 +106,8 @@ class ProgramStore:
         return self._directory / f"{digest}.program"
 
 
-def environment(devices: Sequence[Any]) -> tuple[object, ...]:
-    """Return what programs, and their speed, depend on, whoever makes them."""
+def versions() -> tuple[object, ...]:
+    """Return the digest of the sources that programs depend on, and the versions of libraries."""
     sources = hashlib.sha256()
     package = Path(__file__).parents[1]
     for folder, _, names in sorted(package.walk(follow_symlinks=True)):
@@ -115,11 +115,17 @@ def environment(devices: Sequence[Any]) -> tuple[object, ...]:
             continue
         for name in sorted(name for name in names if name.endswith(".py")):
             sources.update((folder / name).read_bytes())
+    libraries = [(name, metadata.version(name)) for name in ("jax", "jaxlib", "flax")]
+    return sources.hexdigest(), libraries
+
+
+def environment(devices: Sequence[Any]) -> tuple[object, ...]:
+    """Return what programs, and their speed, depend on, whoever makes them."""
     client = devices[0].client
     return (
-        sources.hexdigest(),
-        [(name, metadata.version(name)) for name in ("jax", "jaxlib", "flax")],
-        [(device.id, device.device_kind) for device in devices],
+        *versions(),
+        [(device.id, device.device_kind, device.process_index) for device in devices],
+        client.process_index(),
         client.platform_version,
         _processor() if client.platform == "cpu" else None,
         os.environ.get("XLA_FLAGS"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,10 @@ class ProgramCache:
         analysis: Any = program.memory_analysis()
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
+    def hlo(self, layout: MeshLayout, bucket: Bucket) -> str:
+        """Return a compiled step as XLA prints it, to look at."""
+        return str(self._compiled[layout, bucket].as_text())
+
     def run(
         self,
         layout: MeshLayout,
@@ -150,8 +154,8 @@ class ProgramCache:
         """Replace one request's row of the sampler state, which is donated."""
         return self._set_row(state, np.int32(row), seen, bias)
 
-    def move(self, cache: KVCache, slots: Sequence[tuple[int, int]]) -> KVCache:
-        """Copy tokens in the cache, which is donated, from slot to slot.
+    def move(self, cache: KVCache, slots: np.ndarray) -> KVCache:
+        """Copy tokens in the cache, which is donated, from slot to slot: `slots [N, 2]`.
 
         No slot may be read by a later pair than the one that writes it.
         """
@@ -159,7 +163,7 @@ class ProgramCache:
         for begin in range(0, len(slots), MOVES_A_CALL):
             padded = np.full((2, MOVES_A_CALL), -1, np.int32)
             some = slots[begin : begin + MOVES_A_CALL]
-            padded[:, : len(some)] = np.transpose(some)
+            padded[:, : len(some)] = some.T
             cache = self._move(cache, padded)
         return cache
 

@@ -163,6 +163,11 @@ def make_engine(
     Raises:
         See `EngineCore` and `ReplicatedEngine`.
     """
+    if config.parallel.node_rank > 0:
+        raise ValueError(
+            f"node_rank={config.parallel.node_rank} only follows node 0: start it with "
+            "`arctic-jax serve --headless`"
+        )
     if config.parallel.data_parallel_size > 1:
         return ReplicatedEngine(config, report, files)
     return EngineCore(config, report, files)

@@ -6,15 +6,17 @@ picked for it, starts the program and lets the results come to the host.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
+import json
 import logging
 import os
 import statistics
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ from arctic_jax.engine.crossover import Crossover, CrossoverStore, probe, tokens
 from arctic_jax.engine.drafter_files import DrafterFiles
 from arctic_jax.engine.grammar_masks import GrammarMasks
 from arctic_jax.engine.layout_picker import LayoutPicker
+from arctic_jax.engine.multihost import Followers, Launch, Leader, Nodes
 from arctic_jax.engine.packer import StepPacker
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import SamplerState
@@ -112,6 +115,8 @@ class ModelRunner:
         drafter: DrafterFiles | None = None,
     ) -> None:
         parallel = config.parallel
+        self.nodes = Nodes(parallel)
+        self.nodes.check(config, model_config, limits)
         tp, sp = parallel.tensor_parallel_size, parallel.ulysses_sequence_parallel_size
         self.model_config = model_config
         self.mesh = make_mesh(tp, sp, devices)
@@ -187,6 +192,7 @@ class ModelRunner:
             processes=min(MAX_PROCESSES, (os.cpu_count() or 1) // 2) if on_gpu else 0,
         )
         self.num_blocks = config.cache.num_blocks or self._blocks_that_fit(config.cache)
+        self.num_blocks = min(map(int, self.nodes.everyones(str(self.num_blocks))))
         if self.num_blocks < self.max_blocks_per_seq:
             room = self.num_blocks * config.cache.block_size
             raise ValueError(
@@ -210,43 +216,73 @@ class ModelRunner:
         self._guards = _set_room_aside(4 * max(largest, self._output.size), self.mesh)
         self.crossover = self._find_crossover(parallel.shift_parallel_threshold, report)
         self.picker = LayoutPicker(self._ladders, self.crossover.threshold)
+        self._moves: list[list[int]] = []  # of tokens in the cache, before the next step
+        self._step_numbers = {step: i for i, step in enumerate(self.picker.steps)}
         self._compile(self.picker.steps, report, "Compiling step programs")
         self.programs.close()
         self._warm_up()
+        self._followers: Followers | None = None
+        if self.nodes.count > 1 and self.nodes.rank == 0:
+            self._followers = Followers(self.nodes, parallel.master_addr)
+            atexit.register(self._followers.close)
+        elif self.nodes.count > 1:
+            self.leader = Leader(self.nodes, parallel.master_addr)
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start a step; its results are still on their way."""
-        for part in scheduled.requests:
-            row = self._rows.changed(part.request) if part.samples else None
-            if row is not None:
-                self.state = self.programs.set_row(self.state, part.request.slot, *row)
-        for masks in self._masks.fill(scheduled):
-            self.state = self.programs.set_masks(self.state, *masks)
+        rows = [
+            (part.request.slot, *row)
+            for part in scheduled.requests
+            if part.samples and (row := self._rows.changed(part.request)) is not None
+        ]
+        masks = list(self._masks.fill(scheduled))
         layout, bucket = self.picker.pick(scheduled)
         packed = self.packer.pack(scheduled, bucket)
+        moves, self._moves = np.array(self._moves, np.int32).reshape(-1, 2), []
+        launch = Launch(self._step_numbers[layout, bucket], rows, masks, packed, moves)
         launched = time.perf_counter()
-        with self._alone():
-            output = self._start(layout, bucket, packed)
+        if self._followers is not None:
+            self._followers.send(launch)
+        output = self._execute(launch)
         output.copy_to_host_async()
         tokens = bucket.num_tokens
         return LaunchedStep(scheduled, layout, tokens, launched, output, self._num_drafted)
 
     def keep_accepted(self, parts: Iterable[ScheduledRequest]) -> None:
-        """Move the accepted tokens of trees to where those of a path would be.
+        """Have the accepted tokens of trees moved to where those of a path would be.
 
-        Before the next step is launched, and while the requests still hold their blocks. What is
-        moved lies behind all that was known before, so no step that runs reads it.
+        With the next launch, before its step: until then nobody can have written to these slots,
+        and no block is found that has some of them.
         """
-        size, slots = self.cache_spec.block_size, []
+        size = self.cache_spec.block_size
         for part in parts:
             blocks = part.request.block_ids
-            slots += [
-                tuple(blocks[place // size] * size + place % size for place in move)
-                for move in part.moves
-            ]
-        if slots:
-            with self._alone():
-                self.cache = self.programs.move(self.cache, slots)
+            for move in part.moves:
+                self._moves.append([blocks[i // size] * size + i % size for i in move])
+
+    def follow(self) -> None:
+        """Run what node 0 launches, until it ends: the whole work of every other node.
+
+        Raises:
+            EngineDeadError: node 0 is lost.
+        """
+        while (launch := self.leader.receive()) is not None:
+            self._execute(launch)
+
+    def failure(self, seconds: float = 0.0) -> str | None:
+        """Return why no step can succeed any more, waiting so long for bad news of other nodes."""
+        return self._followers.failed(seconds) if self._followers is not None else None
+
+    def _execute(self, launch: Launch) -> jax.Array:
+        """Start a step on this node. Nothing but this may change what the devices hold."""
+        for row in launch.rows:
+            self.state = self.programs.set_row(self.state, *row)
+        for masks in launch.masks:
+            self.state = self.programs.set_masks(self.state, *masks)
+        with self._alone():
+            if len(launch.moves):
+                self.cache = self.programs.move(self.cache, launch.moves)
+            return self._start(*self.picker.steps[launch.step], launch.packed)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
@@ -292,10 +328,18 @@ class ModelRunner:
             self._output.block_until_ready()
 
     def _find_crossover(self, threshold: int | None, report: Report) -> Crossover:
-        """Return the one that the user set, that was measured at an earlier start, or is now."""
+        """Return the one that the user set, that was measured at an earlier start, or is now.
+
+        Node 0 decides, as all nodes must take the same layout.
+        """
         if threshold is not None or len(self.layouts) == 1:
             return Crossover(threshold or 0)
-        return self._crossover_store().load() or self._measure_crossover(report)
+        known = self._crossover_store().load() if self.nodes.rank == 0 else None
+        if json.loads(self.nodes.firsts(json.dumps(known is not None))):
+            known = known or Crossover(0)
+        else:
+            known = self._measure_crossover(report)
+        return Crossover(**json.loads(self.nodes.firsts(json.dumps(asdict(known)))))
 
     def _crossover_store(self) -> CrossoverStore:
         return CrossoverStore(
@@ -304,7 +348,13 @@ class ModelRunner:
         )
 
     def measure_crossover(self, report: Report = silent) -> Crossover:
-        """Time steps of both layouts and keep what is found on disk; while nothing runs."""
+        """Time steps of both layouts and keep what is found on disk; while nothing runs.
+
+        Raises:
+            ValueError: other nodes would have to take part.
+        """
+        if self.nodes.count > 1:
+            raise ValueError("with several nodes, layouts are measured at the start only")
         try:
             return self._measure_crossover(report)
         finally:
@@ -322,17 +372,20 @@ class ModelRunner:
             steps[layout, count] = bucket, self._new_packer().pack(scheduled, bucket)
         programs = {(layout, bucket) for (layout, _), (bucket, _) in steps.items()}
         self._compile(programs, report, "Compiling programs to measure")
+        self.nodes.everyones("ready to measure")
         times = {layout: [] for layout in self.layouts}
         advance = counted(report, "Measuring layouts", len(steps))
         for (layout, _), (bucket, packed) in steps.items():
             times[layout].append(self._milliseconds(layout, bucket, packed))
             advance()
         crossover = Crossover.of(counts, times[few], times[many])
-        self._crossover_store().save(crossover)
+        if self.nodes.rank == 0:
+            self._crossover_store().save(crossover)
         return crossover
 
     def _warm_up(self) -> None:
         """Run every program: on a GPU the first runs make its graph, which takes some 10 ms."""
+        self.nodes.everyones("ready")
         if self.mesh.devices.flat[0].platform == "gpu":
             scheduled = probe(1, self.limits, self.max_model_len, 1)
             for layout, bucket in self.picker.steps:
@@ -340,7 +393,7 @@ class ModelRunner:
                 for _ in range(2):
                     self._start(layout, bucket, packed)
             if any(bucket.has_trees for _, bucket in self.picker.steps):
-                self.cache = self.programs.move(self.cache, [(0, 0)])
+                self.cache = self.programs.move(self.cache, np.zeros((1, 2), np.int32))
             jax.block_until_ready((self._output, self.cache))
 
     def _milliseconds(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> float:
@@ -356,7 +409,7 @@ class ModelRunner:
         """Size the cache: a share of the memory, on a GPU what weights and programs leave."""
         most = self.max_num_seqs * self.max_blocks_per_seq
         per_device = self.cache_spec.bytes_per_device(self.mesh)
-        device = self.mesh.devices.flat[0]
+        device = self.mesh.local_devices[0]
         stats = device.memory_stats() if device.platform == "gpu" else None
         if stats is None:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

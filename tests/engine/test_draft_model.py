@@ -16,7 +16,7 @@ from speculation_cases import (
     BEGINNINGS,
     REQUESTS,
     SCHEDULES,
-    Replay,
+    Recorder,
     assert_equal,
     generate,
     greedy,
@@ -24,7 +24,6 @@ from speculation_cases import (
 from swiftkv_model import swiftkv_config, swiftkv_tensors
 from tiny_engine import CONFIG, make_engine, make_tensors, write_files
 
-from arctic_jax.batch import HostOutput, ScheduledBatch
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.request import Request
 from arctic_jax.spec_decode.proposer import build_proposer
@@ -100,21 +99,6 @@ def test_any_schedule(name: str, request: pytest.FixtureRequest) -> None:
             assert_equal(actual, wanted)
 
     check()
-
-
-class Recorder(Replay):
-    """Proposes what is known to come, some of it wrong, and notes what the device drafts."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.drafted: list[tuple[list[int], list[int]]] = []
-
-    def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
-        for part, draft in zip(scheduled.requests, output.drafts.tolist(), strict=False):
-            if part.samples and not part.request.status.finished:
-                known = part.request.prompt_token_ids + part.request.output_token_ids
-                self.drafted.append((known, draft))
-        super().propose(scheduled, output)
 
 
 @pytest.mark.parametrize("name", ["cramped", "two_layouts"])

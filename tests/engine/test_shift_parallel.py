@@ -225,7 +225,7 @@ def test_collectives_of_the_programs() -> None:
     }
     matrices = {",".join(map(str, shape)) for shape in shards if len(shape) > 1}
     for layout, bucket in runner.picker.steps:
-        text = str(runner.programs._compiled[layout, bucket].as_text())
+        text = runner.programs.hlo(layout, bucket)
         count = Counter(re.findall(r" (all-[a-z-]+|reduce-scatter|collective-permute)\(", text))
         # One reduction after the embedding and two a layer; one gather of the logits.
         if layout.name == "shift":

@@ -16,7 +16,7 @@ from speculation_cases import (
     BEGINNINGS,
     REQUESTS,
     SCHEDULES,
-    Replay,
+    Recorder,
     assert_equal,
     generate,
     greedy,
@@ -32,7 +32,6 @@ from tiny_speculator import (
     write_speculator,
 )
 
-from arctic_jax.batch import HostOutput, ScheduledBatch
 from arctic_jax.config import ModelConfig
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.models.registry import model_class
@@ -194,21 +193,6 @@ def test_answers_end_at_the_context_length(
     assert len(plain[0].token_ids) == 96 - length
     proposer = build_proposer(engine.config.speculative)
     assert_equal(generate(engine, requests, proposer)[0], plain[0])
-
-
-class Recorder(Replay):
-    """Proposes what is known to come, some of it wrong, and notes what the device drafts."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.drafted: list[tuple[list[int], list[int]]] = []
-
-    def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
-        for part, draft in zip(scheduled.requests, output.drafts.tolist(), strict=False):
-            if part.samples and not part.request.status.finished:
-                known = part.request.prompt_token_ids + part.request.output_token_ids
-                self.drafted.append((known, draft))
-        super().propose(scheduled, output)
 
 
 def test_the_device_drafts_from_the_row_that_was_accepted_last(two_layouts: EngineCore) -> None:

@@ -311,6 +311,7 @@ def test_replicas_share_grammars(engine: EngineCore, monkeypatch: pytest.MonkeyP
 
 
 NAMED_IN_TURN = "\n".join(["start: r0", *(f"r{i}: r{i + 1}" for i in range(5000)), 'r5000: "a"'])
+TOO_COMPLEX = "start: " + "a? " * 6000 + '\na: "x"~0..99'
 BAD = [
     ({"json": "{"}, "json", "is not valid"),
     ({"json": "[1]"}, "json", "must be a JSON schema"),

@@ -137,7 +137,7 @@ def test_collectives_of_the_programs() -> None:
         tensor_parallel_size=2, ulysses_sequence_parallel_size=2, shift_parallel_threshold=4
     )
     for layout, bucket in engine.runner.picker.steps:
-        text = str(engine.runner.programs._compiled[layout, bucket].as_text())
+        text = engine.runner.programs.hlo(layout, bucket)
         count = Counter(re.findall(r" (all-[a-z-]+|reduce-scatter|collective-permute)\(", text))
         # One reduction after the embedding and two a layer; one gather of the logits.
         if layout.name == "shift":

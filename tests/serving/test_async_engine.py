@@ -10,8 +10,10 @@ import pytest
 from tiny_engine import make_engine, run
 
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.output_processor import join_deltas
 from arctic_jax.errors import EngineDeadError, InvalidRequestError
-from arctic_jax.request import RequestOutput, SamplingParams
+from arctic_jax.request import RequestOutput, RequestOutputKind, SamplingParams
+from arctic_jax.serving import async_engine
 from arctic_jax.serving.async_engine import AsyncEngine
 
 TIMEOUT = 60.0
@@ -107,6 +109,38 @@ def test_a_slow_reader_misses_states_but_not_the_end(engine: AsyncEngine) -> Non
     lengths = finish(slow())
     assert len(lengths) <= 3
     assert lengths[-1] == 30
+
+
+@pytest.mark.parametrize("letters", [3, 64])
+def test_a_slow_reader_of_deltas_misses_nothing(
+    engine: AsyncEngine, letters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for it is put together, so that it is never many pieces."""
+    monkeypatch.setattr(async_engine, "_MOST_LETTERS", letters)
+    params = dataclasses.replace(greedy(30), logprobs=2)
+    deltas = dataclasses.replace(params, output_kind=RequestOutputKind.DELTA)
+    waiting = []
+    put = async_engine._Mailbox.put
+
+    def counted(mailbox: async_engine._Mailbox, item: RequestOutput | BaseException) -> None:
+        put(mailbox, item)
+        waiting.append(len(mailbox._letters))
+
+    monkeypatch.setattr(async_engine._Mailbox, "put", counted)
+
+    async def slow() -> list[RequestOutput]:
+        found = []
+        async for output in engine.generate([1, 2], deltas):
+            found.append(output)
+            await until_idle(engine)
+        return found
+
+    found = finish(slow())
+    assert len(found) <= 3
+    assert len(waiting) > 20
+    assert 1 < max(waiting) <= letters
+    whole = finish(last_of(engine, [1, 2], params)).outputs
+    assert join_deltas(found).outputs == whole
 
 
 def test_a_slow_reader_slows_nobody(engine: AsyncEngine) -> None:

@@ -162,19 +162,29 @@ def test_a_stuck_engine_is_given_up(tiny_core: EngineCore, monkeypatch: pytest.M
 
 
 def test_idle_connections_are_closed(tiny_core: EngineCore) -> None:
-    """Also those on which nothing was ever asked; and many of them are no harm meanwhile."""
+    """Also those on which nothing was ever asked; and a thousand are no harm meanwhile."""
     engine = AsyncEngine(engine=tiny_core)
-    with serve(engine, uvicorn_options={"timeout_keep_alive": 1}) as server:
+    with serve(engine, uvicorn_options={"timeout_keep_alive": 2}) as server:
         port = int(server.url.rpartition(":")[2])
         with contextlib.ExitStack() as stack:
-            idle = [
-                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-                for _ in range(200)
-            ]
-            assert server.complete("ab", max_tokens=2).status_code == 200
-            for connection in idle:
-                connection.settimeout(5)
-                assert connection.recv(1) == b""
+            idle = []
+            for i in range(1000):
+                connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+                idle.append(stack.enter_context(connection))
+                if i % 2:  # it has asked once, and keeps the connection for more
+                    connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            for _ in range(3):
+                assert server.complete("ab", max_tokens=2).status_code == 200
+            assert server.get("/load").json() == {"server_load": 0}
+            for i, connection in enumerate(idle):
+                said = b"".join(iter(lambda c=connection: c.recv(4096), b""))
+                assert said.startswith(b"HTTP/1.1 200 OK" if i % 2 else b"")
+                assert bool(said) == bool(i % 2)
+        end = time.monotonic() + 10
+        while server.server.server_state.connections and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not server.server.server_state.connections
+        assert server.complete("ab", max_tokens=2).status_code == 200
     engine.shutdown()
 
 
@@ -268,6 +278,7 @@ REFUSED = [
     (["--host", "0.0.0.0"], "--host 0.0.0.0 lets others than this machine in"),
     (["--tool-call-parser", "x"], "--tool-call-parser must be one of hermes, llama3_json, qwen"),
     (["--enable-auto-tool-choice"], "--enable-auto-tool-choice needs --tool-call-parser"),
+    (["--otlp-traces-endpoint", "x"], "--otlp-traces-endpoint must be an http or https URL"),
     (["--allowed-origins", "x"], "--allowed-origins is not JSON"),
     (["--speculative_config", "{"], "speculative_config is not JSON"),
 ]

@@ -160,7 +160,8 @@ class ScriptedEngine(AsyncEngine):
             ends = ends[-1:]
         for number, end in enumerate(ends):
             done = end == len(self.script)
-            answer = CompletionOutput(0, self.script[:end], [65] * (number + 1))
+            begin = 3 * number if len(ends) > 1 else 0
+            answer = CompletionOutput(0, self.script[begin:end], [65])
             if done:
                 answer = replace(answer, finish_reason="stop")
             yield RequestOutput(str(request_id), None, ids, [answer], done)

@@ -1,0 +1,252 @@
+"""`arctic-jax bench suite`: every benchmark of a checkout that fits the machine, and one report.
+
+Each part is a script of `benchmarks/` in a process of its own, so that none finds another's memory
+taken, and writes one JSON file. What is there already is not measured again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+import arctic_jax
+from arctic_jax.config import DEFAULT_MODEL
+from arctic_jax.serving import bench_report
+from arctic_jax.serving.options import stderr, stdout
+
+CHECKOUT = Path(arctic_jax.__file__).parents[1]
+CONFIGS = "benchmarks/configs"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to measure on.
+
+    Attributes:
+        platform: "gpu" or "cpu".
+        kind: of a device.
+        count: devices.
+    """
+
+    platform: str
+    kind: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One benchmark.
+
+    Attributes:
+        name: of its file, without ".json".
+        script: in `benchmarks/`, without ".py".
+        options: of the script, but where it writes.
+        minutes: after which it is given up.
+    """
+
+    name: str
+    script: str
+    options: Sequence[object]
+    minutes: float = 15
+
+    def command(self, file: Path) -> list[str]:
+        """Return what to run."""
+        out = "--output" if self.script == "embeddings" else "--out"
+        script = f"benchmarks/{self.script}.py"
+        return [sys.executable, script, *map(str, self.options), out, str(file.resolve())]
+
+
+def parts_for(machine: Machine, data: Path | None) -> list[Part]:
+    """Return the benchmarks for a machine; some want `data`, laid out as `speculation.py` says."""
+    parts = _parts_for_gpus(machine.count) if machine.platform == "gpu" else _parts_for_cpus()
+    if data is None:
+        return parts
+    here = data.resolve()
+    speculation = ["--data", here, "--methods", "suffix", "ngram"]
+    if machine.platform == "gpu":
+        parts.append(Part("speculation", "speculation", speculation))
+    else:
+        few = ["--concurrency", 1, "--requests", 4, "--max-tokens", 48, "--max-model-len", 1024]
+        few += ["--max-prompt-len", 512]
+        parts.append(Part("speculation", "speculation", [*speculation, *few]))
+    trajectories = here / "agent_trajectories"
+    tokenizer = next(trajectories.glob("tokenizer.json"), None)
+    if tokenizer is not None:
+        options = ["--trajectories", trajectories, "--tokenizer", tokenizer]
+        parts.append(Part("suffix_decoding", "suffix_decoding", options))
+    return parts
+
+
+def _parts_for_cpus() -> list[Part]:
+    small = ["--max-model-len", 512, "--max-num-seqs", 8, "--max-num-batched-tokens", 256]
+    offline = ["--model", DEFAULT_MODEL, *small, "--batches", 1, 8]
+    offline += ["--input-len", 64, "--output-len", 32, "--prefill", 2, 256, "--throughput", 16]
+    models = ["--base", "smollm2-135m-instruct-q4_1", "--swiftkv", "smollm2-135m-instruct-swiftkv"]
+    swiftkv = [*models, *small, "--prefill", 2, 256, "--ttft-len", 256, "--batches", 1, 8]
+    swiftkv += ["--decode-len", 64, 32, "--throughput", 8, "--throughput-len", 64, 32]
+    embeddings = ["--model", "minilm-l6", "--lengths", 16, 128, 256, "--texts", 1, 64]
+    return [
+        Part("offline_smollm2-135m", "offline", offline),
+        Part("swiftkv", "swiftkv", swiftkv),
+        Part("embeddings", "embeddings", embeddings),
+    ]
+
+
+def _parts_for_gpus(count: int) -> list[Part]:
+    llama = ["--model", f"{CONFIGS}/llama-3.1-8b", "--load-format", "dummy"]
+    dummy = ["--load-format", "dummy"]
+    whole = ["--batches", 1, 16, 64, 256, "--prefill", 8, 8192, "--throughput", 512]
+    if count == 1:
+        long = ["--max-model-len", 33000, "--stall", 32, 32768, "--repeats", 1]
+        small = ["--max-model-len", 2048, "--max-num-seqs", 64, "--batches", 1, 64]
+        names = ("qwen3-0.6b", "smollm2-135m")
+        return [
+            Part("offline_llama-3.1-8b", "offline", [*llama, *long, *whole]),
+            *(
+                Part(f"offline_{n}", "offline", ["--model", f"{CONFIGS}/{n}", *dummy, *small])
+                for n in names
+            ),
+            Part("swiftkv", "swiftkv", [*dummy, "--repeats", 2, "--throughput", 128]),
+            Part("kernels", "kernels", []),
+            Part("embeddings", "embeddings", ["--lengths", 16, 50, 128, 256, 512, 0]),
+        ]
+    several = ["--max-model-len", 8448, "--repeats", 1, *whole]
+    bursts = ["--seconds", 40, "--rate", 5, "--burst", 60]
+    ways = {
+        "shift": ["--ulysses-sequence-parallel-size", count],
+        "tp": ["--tensor-parallel-size", count],
+        "sp": ["--ulysses-sequence-parallel-size", count, "--no-shift-parallel"],
+    }
+    replicas = {"dp": ["--data-parallel-size", count]}
+    swiftkv = [*dummy, *ways["shift"], "--repeats", 2, "--throughput", 128]
+    return [
+        *(Part(f"offline_{n}", "offline", [*llama, *several, *way]) for n, way in ways.items()),
+        *(
+            Part(f"traffic_{n}", "traffic", [*llama, *bursts, *way])
+            for n, way in (ways | replicas).items()
+        ),
+        Part("swiftkv", "swiftkv", swiftkv),
+    ]
+
+
+def suite(
+    out: Annotated[Path, typer.Option(help="Folder for the figures and the report.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Parts by the beginning of their names; may be given again."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Prompts and recorded agents, see benchmarks/speculation.py."),
+    ] = None,
+    earlier: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of an earlier run, to show beside it; may be given again."),
+    ] = None,
+) -> None:
+    """Run every benchmark that fits this machine, and write one report."""
+    if not (CHECKOUT / "benchmarks" / "offline.py").is_file():
+        raise ValueError(f"bench suite needs a checkout: {CHECKOUT} has no benchmarks")
+    machine = find_machine()
+    parts = parts_for(machine, data)
+    if only:
+        parts = [part for part in parts if part.name.startswith(tuple(only))]
+    if not parts:
+        raise ValueError(f"--only {', '.join(only or ())}: there is no such part")
+    out.mkdir(parents=True, exist_ok=True)
+    stderr.print(f"{machine.count} {machine.kind}: {len(parts)} parts into {out}")
+    failed = run(parts, out)
+    report = bench_report.write(out, earlier or ())
+    table = Table("part", "seconds")
+    for part in parts:
+        table.add_row(part.name, failed.get(part.name, "done"))
+    stdout.print(table)
+    stdout.print(f"report: {report}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def run(parts: Sequence[Part], out: Path) -> dict[str, str]:
+    """Run parts one after the other; return, by name, what went wrong.
+
+    A part's output is beside its figures, in a file that ends with ".log".
+    """
+    failed = {}
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1"}
+    with Progress(console=stderr, transient=True) as progress:
+        task = progress.add_task("", total=len(parts))
+        for part in parts:
+            progress.update(task, description=part.name)
+            file = out / f"{part.name}.json"
+            if not file.exists():
+                why = _run(part, file, environment)
+                if why is not None:
+                    failed[part.name] = why
+                    stderr.print(f"{part.name}: {why}, see {file.with_suffix('.log')}")
+            progress.advance(task)
+    return failed
+
+
+def _run(part: Part, file: Path, environment: dict[str, str]) -> str | None:
+    """Run a part; what a part that failed has written is no result."""
+    unfinished = file.with_suffix(".unfinished")
+    start = time.perf_counter()
+    with file.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            part.command(unfinished), cwd=CHECKOUT, env=environment, stdout=log, stderr=log
+        )
+        try:
+            code = process.wait(part.minutes * 60)
+        except subprocess.TimeoutExpired:
+            return f"not done after {part.minutes:g} minutes"
+        finally:  # Ctrl-C, too
+            process.kill()
+            process.wait()
+    if code or not unfinished.exists():
+        return f"failed with code {code}"
+    result = json.loads(unfinished.read_text()) | {"seconds": time.perf_counter() - start}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.unlink()
+    return None
+
+
+def find_machine() -> Machine:
+    """Ask JAX, in a process of its own: it would take the GPU's memory in this one."""
+    code = "import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind, sep='|')"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    platform, count, kind = said.stdout.strip().splitlines()[-1].split("|")
+    return Machine(platform, kind, int(count))
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="Folder of figures.")],
+    after: Annotated[Path, typer.Argument(help="Folder of figures of the same kind of machine.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="A loss up to this share of the figure is noise.")
+    ] = 0.05,
+) -> None:
+    """Compare two folders of figures; fail where the second has lost more than noise."""
+    changes = bench_report.compare(bench_report.read(before), bench_report.read(after))
+    if not changes:
+        raise ValueError(f"{before} and {after} have no figure in common")
+    table = Table("figure", "before", "after", "gain")
+    losses = [change for change in changes if change.gain < -tolerance]
+    notable = [change for change in changes if abs(change.gain) > tolerance]
+    for change in notable:
+        style = "red" if change in losses else None
+        row = change.name, f"{change.before:.4g}", f"{change.after:.4g}", f"{change.gain:+.1%}"
+        table.add_row(*row, style=style)
+    if notable:
+        stdout.print(table)
+    stdout.print(f"{len(changes)} figures, {len(losses)} lost more than {tolerance:.0%}")
+    if losses:
+        raise typer.Exit(1)

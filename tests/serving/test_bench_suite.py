@@ -1,0 +1,149 @@
+"""The suite of benchmarks: its parts, what happens to one that fails, what is told of figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from arctic_jax.serving import bench_report, bench_suite
+from arctic_jax.serving.bench import app
+from arctic_jax.serving.bench_suite import Machine, Part
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json, sys, time
+print("hello")
+if "--fail" in sys.argv: sys.exit(3)
+if "--sleep" in sys.argv: time.sleep(60)
+calls = open("calls", "a"); calls.write("x")
+json.dump({"device": "cpu", "date": "2026-01-02", "tok_s": 5.0}, open(sys.argv[-1], "w"))
+"""
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With benchmarks that take no time."""
+    folder = tmp_path / "checkout"
+    (folder / "benchmarks").mkdir(parents=True)
+    for name in ("offline", "embeddings"):
+        (folder / "benchmarks" / f"{name}.py").write_text(SCRIPT)
+    monkeypatch.setattr(bench_suite, "CHECKOUT", folder)
+    monkeypatch.setattr(bench_suite, "find_machine", lambda: Machine("cpu", "cpu", 1))
+    parts = [Part("offline_a", "offline", ["--x", 1]), Part("embeddings", "embeddings", [])]
+    monkeypatch.setattr(bench_suite, "parts_for", lambda machine, data: list(parts))
+    return folder
+
+
+def test_parts_run_once(checkout: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        code, output = invoke("suite", "--out", out)
+        assert code == 0, output
+        assert (checkout / "calls").read_text() == "xx"
+    assert "offline_a" in (out / "report.html").read_text()
+    assert json.loads((out / "offline_a.json").read_text())["seconds"] > 0
+    (out / "offline_a.json").unlink()
+    assert invoke("suite", "--out", out, "--only", "off")[0] == 0
+    assert (checkout / "calls").read_text() == "xxx"
+    assert invoke("suite", "--out", out, "--only", "nothing")[0] == 2
+
+
+@pytest.mark.parametrize(("option", "why"), [("--fail", "code 3"), ("--sleep", "not done after")])
+def test_a_part_that_fails_leaves_no_figures(
+    option: str, why: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = Part("bad", "offline", [option], minutes=0.03)
+    good = Part("good", "offline", [])
+    monkeypatch.setattr(bench_suite, "parts_for", lambda machine, data: [bad, good])
+    code, output = invoke("suite", "--out", tmp_path / "out")
+    assert code == 1
+    assert why in output
+    assert (tmp_path / "out" / "bad.log").read_text() == "hello\n"
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.json")) == ["good.json"]
+
+
+def test_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_suite, "CHECKOUT", tmp_path)
+    code, _ = invoke("suite", "--out", tmp_path / "out")
+    assert code == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "machine", [Machine("cpu", "cpu", 1), Machine("gpu", "H200", 1), Machine("gpu", "H200", 4)]
+)
+def test_every_part_is_a_script_with_such_options(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "agent_trajectories").mkdir()
+    (tmp_path / "agent_trajectories" / "tokenizer.json").write_text("{}")
+    parts = bench_suite.parts_for(machine, tmp_path)
+    assert len({part.name for part in parts}) == len(parts) > 3
+    for part in parts:
+        source = (ROOT / "benchmarks" / f"{part.script}.py").read_text()
+        options = [str(option) for option in part.command(tmp_path / "x.json")]
+        assert [o for o in options if o.startswith("--") and f'"{o}"' not in source] == []
+        configs = [o for o in options if o.startswith("benchmarks/configs")]
+        assert [name for name in configs if not (ROOT / name / "config.json").is_file()] == []
+
+
+def test_figures_are_numbers_with_units() -> None:
+    result: dict[str, Any] = {
+        "ready_s": 4.0,
+        "num_blocks": 7,
+        "latency": [{"batch": 2, "tpot_ms": 3.0, "steps": 9}, {"batch": 4, "tpot_ms": 5}],
+        "ratios": {"prefill": 1.5},
+        "rows": [{"case": "a", "us": 2.0, "gb_per_s": 1.0, "drafted": 4}],
+        "settings": {"min_ms": 1.0},
+    }
+    found = dict(bench_report.figures_of(result))
+    assert {name: (figure.value, figure.sign) for name, figure in found.items()} == {
+        "latency [batch 2] tpot_ms": (3.0, -1),
+        "latency [batch 4] tpot_ms": (5.0, -1),
+        "ratios prefill": (1.5, 1),
+        "rows [a] us": (2.0, -1),
+        "rows [a] gb_per_s": (1.0, 1),
+    }
+
+
+def write(folder: Path, device: str = "cpu", **figures: float) -> Path:
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps({"device": device, "date": "2026-01-01", **figures}))
+    return folder
+
+
+def test_a_loss_beyond_noise_fails(tmp_path: Path) -> None:
+    before = write(tmp_path / "before", tok_s=100.0, tpot_ms=10.0, gone_ms=1.0)
+    same = write(tmp_path / "same", tok_s=97.0, tpot_ms=10.3)
+    slower = write(tmp_path / "slower", tok_s=150.0, tpot_ms=12.0)
+    assert invoke("compare", before, same)[0] == 0
+    code, output = invoke("compare", before, slower)
+    assert code == 1
+    assert "-16.7%" in output
+    assert "+50.0%" in output
+    assert invoke("compare", before, slower, "--tolerance", 0.2)[0] == 0
+    other = write(tmp_path / "other", device="H200", tok_s=100.0)
+    assert invoke("compare", before, other)[0] == 2
+    with pytest.raises(ValueError, match="different devices"):
+        bench_report.compare(bench_report.read(before), bench_report.read(other))
+    with pytest.raises(ValueError, match="has no figures"):
+        bench_report.read(tmp_path)
+
+
+def test_a_report_of_what_is_committed(tmp_path: Path) -> None:
+    """With the peers that were recorded for that machine."""
+    source = ROOT / "benchmarks" / "results" / "h200"
+    for path in source.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    page = bench_report.write(tmp_path, [source]).read_text()
+    assert "vLLM 0.26" in page
+    assert page.count("<svg") > 3
+    now = bench_report.read(source)
+    for peer in json.loads(bench_report.PEERS.read_text()):
+        if peer["part"] in now.parts:
+            assert peer["figure"] in now.parts[peer["part"]]
