@@ -15,6 +15,7 @@ import numpy as np
 from arctic_jax.request import Request, RequestStatus
 from arctic_jax.spec_decode import draft_tree
 from arctic_jax.spec_decode.acceptance import Acceptance
+from arctic_jax.spec_decode.draft_costs import DraftCosts
 from arctic_jax.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # it imports jax, which this package does without
@@ -127,6 +128,9 @@ class NoProposer:
         """See `Proposer`."""
 
 
+_NEW = 0.02  # share of what is new in the mean over all requests
+
+
 @dataclass
 class _Progress:
     """One request: how many output tokens were observed, and what its drafts are worth."""
@@ -147,6 +151,8 @@ class HostProposer:
         self.config = config
         self.stats = SpeculationStats.zeros(config.max_draft_len)
         self._progress: dict[Request, _Progress] = {}  # in the order of their first steps
+        self.costs = DraftCosts()
+        self._trust = 1.0  # of all requests, of late: that of a new one
 
     def start(self, request: Request) -> None:
         """Get to know a request, of which only the prompt is told."""
@@ -166,6 +172,8 @@ class HostProposer:
 
     def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
         """See `Proposer`."""
+        if self.config.adaptive:
+            self.costs.took(scheduled.requests)
         for part in scheduled.requests:
             if part.num_drafted:
                 self.stats.add(part.num_drafted, part.num_accepted, part.parents)
@@ -180,11 +188,16 @@ class HostProposer:
         for request in running:
             request.draft = request.draft_parents = ()
         drafts = self.drafts(drafting, [limits[request] for request in drafting])
+        num_requests = sum(part.samples for part in scheduled.requests)
+        if self.config.adaptive and self.costs.must_be_measured(num_requests):
+            return
+        least = self.costs.min_gain(num_requests)
         for request, draft in zip(drafting, drafts, strict=True):
-            self._keep_if_worth(request, draft)
+            self._keep_if_worth(request, draft, least)
 
     def finish(self, request: Request) -> None:
         """See `Proposer`."""
+        self.costs.forget(request)
         if self._progress.pop(request, None) is not None:
             self.stop(request)
 
@@ -202,12 +215,15 @@ class HostProposer:
             if part.parents:
                 needed = draft_tree.num_needed(part.parents, probs, part.accepted)
             progress.acceptance.verified(part.num_drafted, sum(probs), part.num_accepted, needed)
+            self._trust += _NEW * (progress.acceptance.trust - self._trust)
 
     def _observe(self, requests: Sequence[Request]) -> None:
         new = {}
         for request in requests:
             if request not in self._progress:
-                self._progress[request] = _Progress(Acceptance(self.config.max_draft_len))
+                self._progress[request] = _Progress(
+                    Acceptance(self.config.max_draft_len, trust=self._trust)
+                )
                 self.start(request)
             progress, output = self._progress[request], request.output_token_ids
             if progress.num_observed < len(output):
@@ -227,13 +243,14 @@ class HostProposer:
     def _limit(self, request: Request) -> int:
         return min(self._progress[request].acceptance.length, request.max_draft_len)
 
-    def _keep_if_worth(self, request: Request, draft: Draft) -> None:
+    def _keep_if_worth(self, request: Request, draft: Draft, least: float) -> None:
         progress = self._progress[request]
         if request.is_structured:  # a grammar follows one path
             draft = draft.first_path()
         # What is being drawn already comes without a draft.
         gain = draft.expected_after(request.num_pending)
-        if not draft.token_ids or (self.config.adaptive and not progress.acceptance.allows(gain)):
+        acceptance, adaptive = progress.acceptance, self.config.adaptive
+        if not draft.token_ids or (adaptive and not acceptance.allows(gain, least)):
             return
         request.draft, progress.probs = draft.token_ids, draft.probs
         request.draft_parents = draft.parents

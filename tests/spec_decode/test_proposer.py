@@ -7,8 +7,9 @@ import pytest
 
 from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 from arctic_jax.request import Request, RequestStatus, SamplingParams
-from arctic_jax.spec_decode.acceptance import MIN_GAIN, Acceptance
+from arctic_jax.spec_decode.acceptance import Acceptance
 from arctic_jax.spec_decode.device_proposer import DeviceProposer
+from arctic_jax.spec_decode.draft_costs import ENOUGH, MIN_GAIN, DraftCosts
 from arctic_jax.spec_decode.hybrid_proposer import HybridProposer
 from arctic_jax.spec_decode.ngram_proposer import NgramProposer
 from arctic_jax.spec_decode.proposer import NoProposer, Proposer, build_proposer
@@ -226,12 +227,20 @@ def test_drafts_follow_their_success() -> None:
 
 def test_a_request_whose_drafts_are_wrong_stops_and_tries_again() -> None:
     acceptance = Acceptance(max_length=16)
-    gain, refused = 2 * MIN_GAIN, 0
-    while acceptance.allows(gain):
+    gain = 2 * MIN_GAIN
+
+    def refused() -> int:
+        return next(i for i in range(1000) if acceptance.allows(gain, MIN_GAIN))
+
+    while not refused():
         acceptance.verified(4, expected=gain, accepted=0)
-    while not acceptance.allows(gain):
-        refused += 1
-    assert 0 < refused < 50
+    found = [refused()]
+    for _ in range(7):
+        acceptance.verified(4, expected=gain, accepted=0)
+        found.append(refused())
+    assert found[1:] == [31, 63, 127, 255, 511, 511, 511]
+    acceptance.verified(4, expected=gain, accepted=1)
+    assert not refused()
 
 
 def test_an_adaptive_proposer_learns_from_what_was_verified() -> None:
@@ -242,6 +251,70 @@ def test_an_adaptive_proposer_learns_from_what_was_verified() -> None:
     assert propose(proposer, request, drafted=4, accepted=1) == [[6, 7]]
     assert proposer.stats.drafted.tolist() == [1, 1, 1, 1]
     assert proposer.stats.accepted.tolist() == [1, 0, 0, 0]
+
+
+def speed(
+    plain: float, drafted: float, accepted: int, adaptive: bool = True
+) -> tuple[float, float]:
+    """Tokens a second, and the share of steps with drafts, of one request on a scripted engine.
+
+    Args:
+        plain: seconds of a step without a draft.
+        drafted: of one with a draft, of which `accepted` tokens of four are right.
+        adaptive: whether the proposer may decide.
+    """
+    clock, tokens, with_draft, steps = 0.0, 0, 0, 1200
+    config = SpeculativeConfig("arctic", model="m", num_speculative_tokens=4, adaptive=adaptive)
+    proposer = build_proposer(config)
+    assert isinstance(proposer, DeviceProposer)
+    proposer.costs = DraftCosts(lambda: clock)
+    request = request_of([1], [2], max_tokens=99)
+    propose(proposer, request, drafts=[[7] * 4])
+    for _ in range(steps):
+        k = len(request.draft)
+        right = min(accepted, k)
+        clock += drafted if k else plain
+        tokens += 1 + right
+        with_draft += k > 0
+        propose(proposer, request, drafted=k, accepted=right, drafts=[[7] * 4])
+    return tokens / clock, with_draft / steps
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2, 4])
+@pytest.mark.parametrize("drafted", [1.02, 1.3, 2.0, 3.0, 6.0])
+def test_drafts_are_made_where_they_pay(drafted: float, accepted: int) -> None:
+    """Whatever a step with a draft costs: never slower by much than without, or than with all."""
+    found, share = speed(1.0, drafted, accepted)
+    with_all, _ = speed(1.0, drafted, accepted, adaptive=False)
+    assert found > 0.98 * max(1.0, with_all) - 0.02 * drafted
+    if with_all > 1.1:
+        assert share > 0.9
+    if with_all < 0.9:
+        assert share < 0.1
+
+
+def test_costs_of_drafts_are_measured_by_the_number_of_requests() -> None:
+    times = iter(range(1000))
+    costs = DraftCosts(lambda: float(next(times)))
+    alone, many = [request_of([1], [2])], [request_of([1], [2]) for _ in range(8)]
+    step = lambda requests, k: costs.took(
+        [ScheduledRequest(r, 0, 1 + k, 1 + k, True, k, 0) for r in requests]
+    )
+    assert costs.min_gain(1) == MIN_GAIN
+    for _ in range(ENOUGH + 1):
+        step(alone, 3)
+    assert costs.must_be_measured(1)
+    assert not costs.must_be_measured(8)
+    for _ in range(ENOUGH + 1):
+        step(many, 3)
+        next(times)
+        step(alone, 0)
+    assert not costs.must_be_measured(1)
+    assert costs.must_be_measured(8)
+    assert costs.min_gain(8) == MIN_GAIN
+    assert costs.min_gain(1) < MIN_GAIN  # a step beside others took three times as long
+    costs.forget(alone[0])
+    costs.forget(alone[0])
 
 
 def test_one_that_waits_for_a_token_drafts_past_it() -> None:
