@@ -120,7 +120,7 @@ class Launch:
     """One step, as every node runs it.
 
     Attributes:
-        step: number of the program among those that can be picked.
+        step: number of the program among those that can be picked; for the other nodes.
         rows: of the sampler's state that change before: what `ProgramCache.set_row` takes.
         masks: that are written before: what `ProgramCache.set_masks` takes.
         packed: the step's input.

@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -217,7 +217,6 @@ class ModelRunner:
         self.crossover = self._find_crossover(parallel.shift_parallel_threshold, report)
         self.picker = LayoutPicker(self._ladders, self.crossover.threshold)
         self._moves: list[list[int]] = []  # of tokens in the cache, before the next step
-        self._step_numbers = {step: i for i, step in enumerate(self.picker.steps)}
         self._compile(self.picker.steps, report, "Compiling step programs")
         self.programs.close()
         self._warm_up()
@@ -239,11 +238,12 @@ class ModelRunner:
         layout, bucket = self.picker.pick(scheduled)
         packed = self.packer.pack(scheduled, bucket)
         moves, self._moves = np.array(self._moves, np.int32).reshape(-1, 2), []
-        launch = Launch(self._step_numbers[layout, bucket], rows, masks, packed, moves)
+        launch = Launch(-1, rows, masks, packed, moves)
         launched = time.perf_counter()
         if self._followers is not None:
-            self._followers.send(launch)
-        output = self._execute(launch)
+            step = self.picker.steps.index((layout, bucket))
+            self._followers.send(replace(launch, step=step))
+        output = self._execute(layout, bucket, launch)
         output.copy_to_host_async()
         tokens = bucket.num_tokens
         return LaunchedStep(scheduled, layout, tokens, launched, output, self._num_drafted)
@@ -266,14 +266,15 @@ class ModelRunner:
         Raises:
             EngineDeadError: node 0 is lost.
         """
+        steps = self.picker.steps
         while (launch := self.leader.receive()) is not None:
-            self._execute(launch)
+            self._execute(*steps[launch.step], launch)
 
     def failure(self, seconds: float = 0.0) -> str | None:
         """Return why no step can succeed any more, waiting so long for bad news of other nodes."""
         return self._followers.failed(seconds) if self._followers is not None else None
 
-    def _execute(self, launch: Launch) -> jax.Array:
+    def _execute(self, layout: MeshLayout, bucket: Bucket, launch: Launch) -> jax.Array:
         """Start a step on this node. Nothing but this may change what the devices hold."""
         for row in launch.rows:
             self.state = self.programs.set_row(self.state, *row)
@@ -282,7 +283,7 @@ class ModelRunner:
         with self._alone():
             if len(launch.moves):
                 self.cache = self.programs.move(self.cache, launch.moves)
-            return self._start(*self.picker.steps[launch.step], launch.packed)
+            return self._start(layout, bucket, launch.packed)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
@@ -339,7 +340,8 @@ class ModelRunner:
             known = known or Crossover(0)
         else:
             known = self._measure_crossover(report)
-        return Crossover(**json.loads(self.nodes.firsts(json.dumps(asdict(known)))))
+        found = json.loads(self.nodes.firsts(json.dumps(asdict(known))))
+        return Crossover.of(found["tokens"], found["few_ms"], found["many_ms"])
 
     def _crossover_store(self) -> CrossoverStore:
         return CrossoverStore(

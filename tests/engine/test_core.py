@@ -137,8 +137,17 @@ def test_the_cramped_engine_does_preempt(cramped_engine: EngineCore) -> None:
         assert done[str(i)].outputs[0].token_ids == expected([i] * 24, 12)
 
 
+SMALLER_MESHES = [(2, 1), (1, 2), (2, 2), (1, 4), (8, 1)]
+
+
 @pytest.mark.parametrize(
-    ("tp", "sp"), [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (8, 1), (4, 2), (1, 8)]
+    ("tp", "sp"),
+    [
+        (4, 1),
+        (1, 8),
+        (4, 2),
+        *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in SMALLER_MESHES),
+    ],
 )
 def test_any_mesh_gives_the_same_tokens(tp: int, sp: int) -> None:
     if jax.device_count() < tp * sp:

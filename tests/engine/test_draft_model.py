@@ -81,10 +81,14 @@ def swiftkv_hybrid(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
     return drafting(path, config, tensors, more={"enable_suffix_decoding": True}, **options)
 
 
-ENGINES = pytest.mark.parametrize("name", ["cramped", "two_layouts", "swiftkv_hybrid"])
-
-
-@ENGINES
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cramped",
+        pytest.param("two_layouts", marks=pytest.mark.slow),
+        pytest.param("swiftkv_hybrid", marks=pytest.mark.slow),
+    ],
+)
 def test_any_schedule(name: str, request: pytest.FixtureRequest) -> None:
     engine = request.getfixturevalue(name)
 
@@ -101,7 +105,7 @@ def test_any_schedule(name: str, request: pytest.FixtureRequest) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", ["cramped", "two_layouts"])
+@pytest.mark.parametrize("name", ["cramped", pytest.param("two_layouts", marks=pytest.mark.slow)])
 def test_drafts_are_what_the_draft_model_would_say(
     name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -142,8 +146,7 @@ def test_the_model_itself_drafts_rightly(tmp_path: Path) -> None:
     for actual, wanted in zip(found, plain, strict=True):
         assert_equal(actual, wanted)
     drafted, accepted = proposer.stats.drafted.sum(), proposer.stats.accepted.sum()
-    assert accepted > 0.85 * drafted  # the others passed the last block
-    assert accepted < drafted
+    assert 20 < drafted * 0.85 < accepted  # the others passed the last block
 
 
 @pytest.mark.parametrize(

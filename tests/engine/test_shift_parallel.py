@@ -24,7 +24,11 @@ from arctic_jax.request import Request, SamplingParams
 from arctic_jax.shift_parallel import MeshLayout, shift, ulysses
 
 TENSORS = make_tensors()
-MESHES = [(1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2)]
+MESHES = [
+    (1, 4),
+    (2, 4),
+    *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((1, 2), (1, 8), (2, 2), (4, 2))),
+]
 PROMPTS = [
     [int(t) for t in np.random.default_rng(i).integers(0, 97, n)]
     for i, n in enumerate((1, 5, 40, 33))
@@ -191,9 +195,9 @@ def test_the_crossover_is_where_the_layout_for_few_first_loses() -> None:
     [
         (1, 4, 8, 1),  # one key/value head on four devices
         (2, 2, 8, 2),  # two on four
-        (1, 8, 8, 4),
         (3, 2, 12, 6),  # no powers of two
-        (2, 3, 12, 2),
+        pytest.param(1, 8, 8, 4, marks=pytest.mark.slow),
+        pytest.param(2, 3, 12, 2, marks=pytest.mark.slow),
     ],
 )
 def test_head_counts(tp: int, sp: int, heads: int, kv_heads: int) -> None:

@@ -162,6 +162,7 @@ def test_any_schedule_with_swiftkv(
     check_any_schedule(swiftkv_engine, requests, arrivals)
 
 
+@pytest.mark.slow
 @settings(SCHEDULES, max_examples=6)
 @given(REQUESTS, ARRIVALS)
 def test_any_schedule_in_both_layouts(

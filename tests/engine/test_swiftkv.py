@@ -123,7 +123,13 @@ def test_both_layouts_give_the_same_tokens(threshold: int, group: int) -> None:
     assert layouts == {0: {"ulysses"}, 4: {"ulysses", "shift"}, 10**6: {"shift"}}[threshold]
 
 
-@pytest.mark.parametrize(("tp", "sp"), [(2, 1), (1, 2), (1, 4), (2, 4), (1, 8)])
+@pytest.mark.parametrize(
+    ("tp", "sp"),
+    [
+        (2, 4),
+        *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 1), (1, 2), (1, 4), (1, 8))),
+    ],
+)
 def test_any_mesh_gives_the_same_tokens(tp: int, sp: int) -> None:
     """Key/value heads are copied on four and eight devices."""
     sizes = {"tensor_parallel_size": tp, "ulysses_sequence_parallel_size": sp}

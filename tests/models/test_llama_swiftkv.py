@@ -116,7 +116,7 @@ def test_it_is_not_the_base_model_otherwise() -> None:
     assert np.abs(ordinary[-1] - plain(config)[-1]).max() > 0.1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([1, 2, 5, 16, 17]), min_size=1, max_size=6),
     group=st.sampled_from([1, 2]),
