@@ -51,6 +51,7 @@ def test_prompts_are_tokenized_like_transformers_does(model: str) -> None:
             assert tokenizer.apply_chat_template(prompt["messages"]) == prompt["token_ids"]
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close(model: str) -> None:
     """Where the two first differ, each one's token is among the other's five likeliest."""
     llm = make_llm(model, dtype="bfloat16", max_num_batched_tokens=256)

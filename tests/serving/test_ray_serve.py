@@ -132,6 +132,7 @@ def ends_of_streams(
     return ends
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_takes_no_call_with_it(tiny_model: Path) -> None:
     application = {
         "name": "default",
