@@ -13,7 +13,13 @@ from tiny_engine import GREEDY
 from arctic_jax.batch import HostOutput, ScheduledBatch
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.request import CompletionOutput, Request, SamplingParams
-from arctic_jax.spec_decode.proposer import Draft, HostProposer, NoProposer, Proposer
+from arctic_jax.spec_decode.proposer import (
+    Draft,
+    HostProposer,
+    NoProposer,
+    Proposer,
+    build_proposer,
+)
 from arctic_jax.speculative_config import SpeculativeConfig
 
 K = 3
@@ -167,6 +173,16 @@ def assert_equal(actual: CompletionOutput, plain: CompletionOutput) -> None:
         assert entries.keys() == others.keys()
         for token, entry in entries.items():
             assert entry.logprob == pytest.approx(others[token].logprob, abs=2e-4)
+
+
+def check_any_schedule(engine: EngineCore, requests: list, arrivals: list[int]) -> None:
+    """The drafts of the engine's own proposer change no answer."""
+    if not engine.runner.max_prompt_rows:  # SwiftKV
+        requests = [(p, dataclasses.replace(s, prompt_logprobs=None)) for p, s in requests]
+    plain = generate(engine, requests, arrivals=arrivals)
+    drafted = generate(engine, requests, build_proposer(engine.config.speculative), arrivals)
+    for actual, wanted in zip(drafted, plain, strict=True):
+        assert_equal(actual, wanted)
 
 
 BEGINNINGS = [[int(t) for t in np.random.default_rng(i).integers(0, 97, 24)] for i in range(3)]

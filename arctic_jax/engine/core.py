@@ -197,11 +197,9 @@ class EngineCore:
             self._finish(request, status)
         # Those that were preempted since have lost what would be moved.
         self.runner.keep_accepted(
-            part for part in live if part.request.status is RequestStatus.RUNNING
+            p for p in live if p.moves and p.request.status is RequestStatus.RUNNING
         )
         self.proposer.propose(step.scheduled, output)
-        for request in {part.request for part in live}:
-            request.keep_allowed_draft()
         return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:

@@ -254,6 +254,7 @@ class HostProposer:
             return
         request.draft, progress.probs = draft.token_ids, draft.probs
         request.draft_parents = draft.parents
+        request.keep_allowed_draft()
 
 
 def build_proposer(config: SpeculativeConfig) -> Proposer:

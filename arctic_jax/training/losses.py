@@ -140,7 +140,7 @@ def hidden_error(batch: Batch, teacher: Hidden, student: Hidden) -> Array:
 
 def _parts(*arrays: Array) -> tuple[Array, ...]:
     """Split each `[B, S, ...]` along the sequence: each device keeps its rows."""
-    size = _divisor(arrays[0].shape[1], LOGIT_TOKENS)
+    size = divisor(arrays[0].shape[1], LOGIT_TOKENS)
     return tuple(jnp.swapaxes(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 0, 1) for x in arrays)
 
 
@@ -148,5 +148,6 @@ def _sum_where(counts: Array, values: Array) -> Array:
     return jnp.where(counts, values, 0).sum(dtype=jnp.float32)
 
 
-def _divisor(length: int, most: int) -> int:
+def divisor(length: int, most: int) -> int:
+    """Return the largest divisor of `length` that is at most `most`."""
     return next(size for size in range(min(length, most), 0, -1) if length % size == 0)

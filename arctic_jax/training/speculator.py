@@ -37,6 +37,7 @@ from arctic_jax.training.loop import (
     plot,
     settle,
 )
+from arctic_jax.training.losses import divisor
 from arctic_jax.training.swiftkv_checkpoint import STUDENTS, original_weights
 
 SPECULATOR = "speculator"
@@ -207,7 +208,7 @@ def heads_losses(
     """
     heads = speculator.config.n_predict
     given, counted = _shifted(batch, heads)
-    size = _divisor(hidden.shape[1], LOGIT_TOKENS)
+    size = divisor(hidden.shape[1], LOGIT_TOKENS)
 
     @jax.checkpoint
     def part(hidden: Array, given: Array, counted: Array) -> Sequence[Array]:
@@ -255,7 +256,3 @@ def _shifted(batch: Batch, heads: int) -> tuple[Array, Array]:
         counts = counts & shifted & inside
         counted.append(counts)
     return given, jnp.stack(counted[1:])
-
-
-def _divisor(length: int, most: int) -> int:
-    return next(size for size in range(min(length, most), 0, -1) if length % size == 0)

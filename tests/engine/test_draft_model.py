@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from speculation_cases import (
     SCHEDULES,
     Recorder,
     assert_equal,
+    check_any_schedule,
     generate,
     greedy,
 )
@@ -95,12 +95,7 @@ def test_any_schedule(name: str, request: pytest.FixtureRequest) -> None:
     @settings(SCHEDULES, max_examples=3 if name == "two_layouts" else 8)
     @given(REQUESTS, ARRIVALS)
     def check(requests: list, arrivals: list[int]) -> None:
-        if not engine.runner.max_prompt_rows:  # SwiftKV
-            requests = [(p, replace(s, prompt_logprobs=None)) for p, s in requests]
-        plain = generate(engine, requests, arrivals=arrivals)
-        drafted = generate(engine, requests, build_proposer(engine.config.speculative), arrivals)
-        for actual, wanted in zip(drafted, plain, strict=True):
-            assert_equal(actual, wanted)
+        check_any_schedule(engine, requests, arrivals)
 
     check()
 

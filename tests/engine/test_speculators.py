@@ -1,7 +1,6 @@
 """Speculators within the step program: what they draft, and that answers stay what they were."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from speculation_cases import (
     SCHEDULES,
     Recorder,
     assert_equal,
+    check_any_schedule,
     generate,
     greedy,
 )
@@ -135,15 +135,6 @@ def two_layouts(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
     return speculating(
         path, **mesh, shift_parallel_threshold=6, max_num_seqs=2, max_num_batched_tokens=8
     )
-
-
-def check_any_schedule(engine: EngineCore, requests: list, arrivals: list[int]) -> None:
-    if not engine.runner.max_prompt_rows:  # SwiftKV
-        requests = [(p, replace(s, prompt_logprobs=None)) for p, s in requests]
-    plain = generate(engine, requests, arrivals=arrivals)
-    drafted = generate(engine, requests, build_proposer(engine.config.speculative), arrivals)
-    for actual, wanted in zip(drafted, plain, strict=True):
-        assert_equal(actual, wanted)
 
 
 @settings(SCHEDULES, max_examples=20)
