@@ -143,12 +143,10 @@ class EncoderLayer(nnx.Module):
     def __call__(self, x: Array, segment_ids: Array, window: int) -> Array:
         """`x [T, hidden]` of this layer to that of the next."""
         tokens, hidden = x.shape
-        qkv = self.qkv(x).reshape(tokens, 3, self.num_heads, hidden // self.num_heads)
         attended = segment_attention(
-            qkv[:, 0],
-            qkv[:, 1],
-            qkv[:, 2],
+            self.qkv(x).reshape(tokens, 3 * self.num_heads, hidden // self.num_heads),
             segment_ids,
+            num_kv_heads=self.num_heads,
             window=window,
             scale=(hidden // self.num_heads) ** -0.5,
             implementation=self.implementation,

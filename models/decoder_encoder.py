@@ -145,10 +145,9 @@ def _layer(
     q, k, v = qkv[:, :, :-2].reshape(len(x), -1, size), qkv[:, :, -2], qkv[:, :, -1]
     q, k = _normed(q, attention.q_norm), _normed(k, attention.k_norm)
     attended = segment_attention(
-        rotate(q, *rope),
-        rotate(k, *rope),
-        v,
+        jnp.concatenate([rotate(q, *rope), rotate(k, *rope), v], axis=1),
         segment_ids,
+        num_kv_heads=v.shape[1],
         window=window,
         scale=size**-0.5,
         causal=True,
