@@ -1,12 +1,12 @@
 """Segment attention on Hopper: a thread block takes one head and 64 rows of the flat batch.
 
-Segments lie one after another, so the keys that 64 rows see are one stretch of the batch, from where
-the first row's segment begins to where the last row's ends. A thread block reads only those, in steps
-of `Config.tile` keys, and masks only the steps that some of its rows do not see whole. Short segments
-therefore cost little in a wide window.
+Segments lie one after another, so the keys that 64 rows see are one stretch of the batch, from
+where the first row's segment begins to where the last row's ends. A thread block reads only those,
+in steps of `Config.tile` keys, and masks only steps that some of its rows do not see whole. Short
+segments therefore cost little in a wide window.
 
-A thread block is one warpgroup, which asks for the keys of a later step itself; several blocks share
-a multiprocessor, and one has the tensor cores while another computes exponentials.
+A thread block is one warpgroup, which asks for the keys of a later step itself; several blocks
+share a multiprocessor, and one has the tensor cores while another computes exponentials.
 """
 
 import dataclasses
@@ -165,9 +165,9 @@ def _body(
             keys = pl.ds(pl.multiple_of(begin + step * tile, 8), tile)
             plgpu.copy_gmem_to_smem(qkv_gmem.at[keys, of_head], ring.at[slot], barriers.at[slot])
 
-    for step in range(stages):
-        fetch(jnp.int32(step), key_head, k_smem, k_barriers)
-        fetch(jnp.int32(step), value_head, v_smem, v_barriers)
+    for first in range(stages):
+        fetch(jnp.int32(first), key_head, k_smem, k_barriers)
+        fetch(jnp.int32(first), value_head, v_smem, v_barriers)
 
     by_row = plgpu.Layout.WGMMA.reduce(1)
     start, stop = (
