@@ -91,6 +91,11 @@ class EncoderConfig:
         return values
 
     @property
+    def head_dim(self) -> int:
+        """Numbers of a query."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def usual_length(self) -> int:
         """Tokens of the longest text if nothing else is said."""
         return self.max_positions

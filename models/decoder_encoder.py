@@ -43,6 +43,11 @@ class DecoderEncoderConfig:
         return self.decoder.hidden_size
 
     @property
+    def head_dim(self) -> int:
+        """Numbers of a query."""
+        return self.decoder.head_dim
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.decoder.vocab_size

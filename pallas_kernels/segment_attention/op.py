@@ -1,10 +1,15 @@
 """Segment attention: the public function, its argument checks and its dispatch."""
 
+import jax
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.segment_attention import mosaic_gpu, reference
+
+PREFERRED = "xla"
+"""On an H200, where both run."""
 
 
 def segment_attention(
@@ -43,10 +48,11 @@ def segment_attention(
         raise ValueError(f"{qkv.shape[1]} heads are no multiple of {num_kv_heads=}")
     if segment_ids.shape != qkv.shape[:1] or window < 1 or qkv.shape[0] % window:
         raise ValueError(f"{segment_ids.shape=} and {window=} do not fit {qkv.shape=}")
-    chosen = dispatch.resolve("segment_attention", implementation, "xla")
+    reason = mosaic_gpu_unsupported(qkv, segment_ids, window=window)
+    chosen = dispatch.resolve("segment_attention", implementation, "xla" if reason else PREFERRED)
     if chosen == "xla":
         return reference.segment_attention(qkv, segment_ids, num_kv_heads, window, scale, causal)
-    if reason := mosaic_gpu_unsupported(qkv, segment_ids, window=window):
+    if reason:
         raise ValueError(f"segment_attention: implementation={chosen!r} cannot do this: {reason}")
     return mosaic_gpu.segment_attention(
         qkv,
@@ -65,3 +71,22 @@ def mosaic_gpu_unsupported(qkv: Array, *_: Array, window: int, **__: object) -> 
     Only shapes and dtypes are looked at.
     """
     return mosaic_gpu.unsupported(qkv, window)
+
+
+def skips_other_segments(dtype: DTypeLike, head_dim: int, implementation: str | None) -> bool:
+    """Return whether short segments cost little in a wide window, one of a multiple of 64.
+
+    If not, scores of a whole window are computed, whatever lies in it.
+
+    Args:
+        dtype: of the projection.
+        head_dim: D.
+        implementation: as `segment_attention` will be given it.
+
+    Raises:
+        ValueError: the implementation is unknown or cannot run here.
+    """
+    qkv = jax.ShapeDtypeStruct((mosaic_gpu.ROWS, 3, head_dim), dtype)
+    reason = mosaic_gpu.unsupported(qkv, mosaic_gpu.ROWS)
+    preferred = "xla" if reason else PREFERRED
+    return dispatch.resolve("segment_attention", implementation, preferred) == "mosaic_gpu"
