@@ -18,12 +18,13 @@ from jax import Array
 
 from arctic_jax.encoder_batch import EncoderBatch
 from arctic_jax.errors import UnsupportedModelError
+from arctic_jax.models.gelu import gelu
 from arctic_jax.models.layers import parameter
 from arctic_jax.pallas_kernels.segment_attention import segment_attention
 from arctic_jax.weights import Rows, Source, Transposed
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),  # by the error function
+    "gelu": gelu,  # by the error function
     "gelu_new": partial(jax.nn.gelu, approximate=True),  # by tanh, as is the next
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,

@@ -48,6 +48,11 @@ class DecoderEncoderConfig:
         return self.decoder.head_dim
 
     @property
+    def num_hidden_layers(self) -> int:
+        """Layers."""
+        return self.decoder.num_hidden_layers
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.decoder.vocab_size

@@ -74,6 +74,7 @@ class EncoderRunner:
         report: Report = silent,
     ) -> None:
         self.settings = settings
+        self.model_config = model_config
         self.dimension = model_config.hidden_size
         self.max_length = _max_length(load.max_model_len, model_config, settings)
         self.mesh = make_mesh(1, 1)
@@ -111,6 +112,10 @@ class EncoderRunner:
         vectors = self._programs[bucket](self._leaves, packed)
         vectors.copy_to_host_async()
         return vectors
+
+    def program_text(self, bucket: EncoderBucket) -> str:
+        """Return what XLA made of a batch's program."""
+        return self._programs[bucket].as_text() or ""
 
     def _load(
         self, model: Encoder, checkpoint: Checkpoint | None, seed: int, report: Report
