@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -20,6 +19,7 @@ from arctic_jax.encoder_batch import EncoderBatch
 from arctic_jax.errors import UnsupportedModelError
 from arctic_jax.models.gelu import gelu
 from arctic_jax.models.layers import parameter
+from arctic_jax.pallas_kernels.add_layer_norm import add_layer_norm
 from arctic_jax.pallas_kernels.segment_attention import segment_attention
 from arctic_jax.weights import Rows, Source, Transposed
 
@@ -105,18 +105,22 @@ class EncoderConfig:
 class LayerNorm(nnx.Module):
     """Layer normalisation (Ba et al. 2016) over the last dimension, computed in float32."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    def __init__(self, size: int, epsilon: float, implementation: str | None = None) -> None:
         self.weight = parameter(size)
         self.bias = parameter(size)
         self.epsilon = epsilon
+        self.implementation = implementation
 
-    def __call__(self, x: Array) -> Array:
-        """Normalise `x [T, size]`."""
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = (centred * centred).mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
+    def __call__(self, x: Array, delta: Array) -> Array:
+        """Normalise the sum of two arrays `[T, size]`."""
+        return add_layer_norm(
+            x,
+            delta,
+            self.weight[...],
+            self.bias[...],
+            epsilon=self.epsilon,
+            implementation=self.implementation,
+        )
 
 
 class Linear(nnx.Module):
@@ -141,10 +145,10 @@ class EncoderLayer(nnx.Module):
         self.implementation = implementation
         self.qkv = Linear(hidden, 3 * hidden)
         self.output = Linear(hidden, hidden)
-        self.attention_norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.attention_norm = LayerNorm(hidden, config.layer_norm_eps, implementation)
         self.up = Linear(hidden, config.intermediate_size)
         self.down = Linear(config.intermediate_size, hidden)
-        self.mlp_norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.mlp_norm = LayerNorm(hidden, config.layer_norm_eps, implementation)
 
     def __call__(self, x: Array, segment_ids: Array, window: int) -> Array:
         """`x [T, hidden]` of this layer to that of the next."""
@@ -157,8 +161,8 @@ class EncoderLayer(nnx.Module):
             scale=(hidden // self.num_heads) ** -0.5,
             implementation=self.implementation,
         )
-        x = self.attention_norm(x + self.output(attended.reshape(tokens, hidden)))
-        return self.mlp_norm(x + self.down(self.activation(self.up(x))))
+        x = self.attention_norm(x, self.output(attended.reshape(tokens, hidden)))
+        return self.mlp_norm(x, self.down(self.activation(self.up(x))))
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.
@@ -183,7 +187,7 @@ class BertModel(nnx.Module):
         self.words = parameter(config.vocab_size, hidden)
         self.positions = parameter(config.max_positions + config.position_offset, hidden)
         self.types = parameter(config.type_vocab_size, hidden)
-        self.norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.norm = LayerNorm(hidden, config.layer_norm_eps, implementation)
         layers = range(config.num_hidden_layers)
         self.layers = nnx.List([EncoderLayer(config, implementation) for _ in layers])
 
@@ -195,8 +199,9 @@ class BertModel(nnx.Module):
             window: tokens of a window, see `EncoderBucket`.
         """
         positions = batch.positions + self.config.position_offset
-        x = self.words[...][batch.token_ids] + self.positions[...][positions]
-        x = self.norm(x + self.types[...][0])  # a text alone is all of the first type
+        words = self.words[...][batch.token_ids]
+        # A text alone is all of the first type.
+        x = self.norm(words, self.positions[...][positions] + self.types[...][0])
         for layer in self.layers:
             x = _run_layer(layer, x, batch.segment_ids, window=window)
         return x

@@ -15,8 +15,10 @@ python=${PYTHON:-python3}
 step() { echo "== $1 ($SECONDS s)"; }
 quiet() { grep -v -e '━' -e ' uses '; }
 
-step "kernels: attention"
-timeout 90 "$python" benchmarks/kernels.py --filter segment_attention --out "$out/segment_attention.json" 2>&1
+step "kernels"
+for kernel in segment_attention add_layer_norm; do
+    timeout 60 "$python" benchmarks/kernels.py --filter $kernel --out "$out/$kernel.json" 2>&1
+done
 step "parts of a layer"
 timeout 90 "$python" scripts/gpu/embedding_parts.py --out "$out/embedding_parts.json" 2>&1
 step "layers, kernel by kernel"

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from arctic_jax.models.gelu import gelu
+from arctic_jax.pallas_kernels.add_layer_norm import mosaic_gpu as layer_norm
 from arctic_jax.pallas_kernels.segment_attention import mosaic_gpu, reference
 
 HIDDEN, WIDE, HEADS, SIZE = 768, 3072, 12, 64
@@ -132,11 +133,13 @@ def norms(T: int) -> list[Part]:
         return (normed * weight + bias).astype(x.dtype)
 
     operands = normal(0, T, HIDDEN), normal(1, T, HIDDEN), normal(2, HIDDEN), normal(3, HIDDEN)
-    moved = 6.0 * T * HIDDEN
-    return [
-        (f"norm: {name}", functools.partial(norm, one_pass=one_pass), operands, moved, 0.0)
-        for name, one_pass in (("two passes", False), ("one pass", True))
-    ]
+    kernel = functools.partial(layer_norm.add_layer_norm, epsilon=1e-12)
+    functions = {
+        "norm: two passes": functools.partial(norm, one_pass=False),
+        "norm: one pass": functools.partial(norm, one_pass=True),
+        "norm: kernel": kernel,
+    }
+    return [(name, f, operands, 6.0 * T * HIDDEN, 0.0) for name, f in functions.items()]
 
 
 def attentions(T: int) -> list[Part]:

@@ -50,12 +50,12 @@ def test_packed_equals_one_by_one_in_any_order(embedder: Embedder) -> None:
 
 
 def test_many_texts(embedder: Embedder) -> None:
-    texts = [f"text number {i}" for i in range(3000)]
+    texts = [f"text number {i}" for i in range(10_000)]
     reports: list[tuple[str, int, int]] = []
     rows = embedder.embed(texts, report=lambda *report: reports.append(report))
-    some = [0, 1023, 1024, 2047, 2999]
+    some = [0, 1023, 1024, 5000, 9999]
     np.testing.assert_allclose(rows[some], embedder.embed([texts[i] for i in some]), atol=2e-6)
-    assert reports[-1] == ("Embedding", 3000, 3000)
+    assert reports[-1] == ("Embedding", 10_000, 10_000)
 
 
 def test_no_texts(embedder: Embedder) -> None:
