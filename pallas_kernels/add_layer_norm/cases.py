@@ -31,10 +31,9 @@ def _case(name: str, tokens: int, hidden: int, tags: str = "ci", **more) -> Case
 
 
 CASES = (
-    _case("arctic_m", 8, 768, race_detection=True),
-    _case("minilm", 4, 384),
-    _case("arctic_l_fp16", 4, 1024, dtype="float16"),
-    _case("minilm_fp32", 4, 384, dtype="float32"),
+    _case("arctic_m", 8, 768, dtype="float16", race_detection=True),
+    _case("minilm", 4, 384, dtype="float32"),
+    _case("arctic_l", 4, 1024),
     _case("tokens_3", 3, 768),
     _case("hidden_100", 4, 100),
     _case("arctic_m_32k", 32768, 768, "bench"),
