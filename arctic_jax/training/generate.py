@@ -11,6 +11,8 @@ from arctic_jax.llm import LLM
 from arctic_jax.request import SamplingParams
 
 PROMPT_KEYS = ("messages", "prompt", "question", "text")
+WRITTEN_TOGETHER = 2048
+"""Conversations that are answered, and then written, before the next begin."""
 
 
 def read_prompts(paths: Sequence[Path]) -> Iterator[list[dict[str, str]]]:
@@ -51,6 +53,8 @@ def generate(
 ) -> tuple[int, int]:
     """Let a model answer, and write the conversations with their answers as JSON lines.
 
+    What was written is there if the rest is interrupted.
+
     Args:
         llm: the model.
         conversations: each ends where an answer is wanted; those too long for the model are left
@@ -64,21 +68,22 @@ def generate(
         Lines written, and tokens generated.
     """
     asked = that_fit(llm, conversations, params.max_tokens or 1)
-    outputs = llm.chat(asked, params)
-    files = {True: held_back or out, False: out}
-    lines: dict[Path, list[str]] = {path: [] for path in files.values()}
-    tokens = 0
-    for i, (messages, output) in enumerate(zip(asked, outputs, strict=True)):
-        is_held_back = i % every == every - 1
-        for answer in output.outputs:
-            tokens += len(answer.token_ids)
-            whole = [*messages, {"role": "assistant", "content": answer.text}]
-            line = json.dumps({"messages": whole}, ensure_ascii=False)
-            lines[files[is_held_back]].append(line + "\n")
-    for path, written in lines.items():
+    paths = {True: held_back or out, False: out}
+    for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(written), "utf-8")
-    return sum(map(len, lines.values())), tokens
+        path.write_text("")
+    lines = tokens = 0
+    for begin in range(0, len(asked), WRITTEN_TOGETHER):
+        some = asked[begin : begin + WRITTEN_TOGETHER]
+        for i, (messages, output) in enumerate(
+            zip(some, llm.chat(some, params), strict=True), begin
+        ):
+            with paths[i % every == every - 1].open("a", encoding="utf-8") as file:
+                for answer in output.outputs:
+                    whole = [*messages, {"role": "assistant", "content": answer.text}]
+                    file.write(json.dumps({"messages": whole}, ensure_ascii=False) + "\n")
+                    lines, tokens = lines + 1, tokens + len(answer.token_ids)
+    return lines, tokens
 
 
 def that_fit(
