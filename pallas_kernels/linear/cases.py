@@ -58,16 +58,11 @@ BENCHED_TOKENS = {"llama_8b": (2, 8, 16, 32, 64, 128, 256)}  # of the others 16 
 
 CASES = (
     _case("one_tile", 8, (64, 192), race_detection=True),
-    _case("split", 16, (64, 512)),
     _case("inputs_first_split", 24, (384, 64), inputs_first=True, race_detection=True),
-    _case("gated_two_shards", 16, (2, 2, 64, 128), gated=True),
-    _case("gated_two_tokens", 2, (1, 2, 64, 192), gated=True, bias=True, race_detection=True),
+    _case("gated_shards_two_tokens", 2, (2, 2, 64, 192), gated=True, bias=True),
     _case("odd_tokens_bias", 11, (2, 64, 128), bias=True),
-    _case("inputs_first_bias", 3, (128, 128), inputs_first=True, bias=True),
     _case("fp16", 40, (64, 128), dtype="float16"),
-    _case("fp32", 9, (64, 64), dtype="float32"),
     _case("odd_sizes", 5, (1, 2, 40, 100), gated=True),
-    _case("tokens_257", 257, (64, 64)),
     *(
         _case(f"b{tokens}_{model}_{product}", tokens, tags="bench", **keywords)
         for model, products in LAYERS.items()
@@ -112,8 +107,13 @@ def comparable(case: Case, output: jax.Array, arguments: tuple) -> tuple[np.ndar
 
 
 def following(arguments: tuple, output: jax.Array) -> tuple:
-    """Return `arguments` with a part of the product as tokens: calls run one after another."""
-    return (jnp.resize(output, arguments[0].shape), *arguments[1:])
+    """Return `arguments` with tokens that depend on the product, so that calls run in turn.
+
+    They are equal nevertheless: tokens that went through many gates would be zeros, which take the
+    chip less power.
+    """
+    x = arguments[0]
+    return (x + 0 * jnp.resize(output, x.shape), *arguments[1:])
 
 
 def cost(case: Case) -> tuple[float, float]:

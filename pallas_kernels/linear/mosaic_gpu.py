@@ -174,9 +174,7 @@ def unsupported(
 
 
 # Traced once for all the layers of a model that call it with the same shapes.
-@functools.partial(
-    jax.jit, static_argnames=("gated", "inputs_first", "config", "interpret")
-)
+@functools.partial(jax.jit, static_argnames=("gated", "inputs_first", "config", "interpret"))
 def linear(
     x: Array,
     weight: Array,
@@ -193,8 +191,10 @@ def linear(
     """
     problem = Problem.of(x, weight, gated, inputs_first)
     config = config or choose_config(problem)
-    if config is None or (reason := problem.refuses(config)):
-        raise ValueError(reason if config else f"there are no tiles for {problem}")
+    if config is None:
+        raise ValueError(f"there are no tiles for {problem}")
+    if reason := problem.refuses(config):
+        raise ValueError(reason)
     T, dtype = problem.tokens, x.dtype
     matrices = problem.shards, problem.parts, problem.outputs
     tiles = problem.shards * problem.outputs // config.outputs
