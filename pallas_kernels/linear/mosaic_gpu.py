@@ -37,7 +37,7 @@ class Config:
         depth: of the contracted dimension, multiplied in one step.
         stages: steps that are in shared memory or on their way.
         splits: thread blocks of a cluster that share the contracted dimension.
-        shared: thread blocks of a cluster that get the same tokens by one copy.
+        multicast: thread blocks of a cluster that get the same tokens by one copy.
         warpgroups: of a thread block that multiply; they share its outputs.
     """
 
@@ -45,7 +45,7 @@ class Config:
     depth: int
     stages: int
     splits: int = 1
-    shared: int = 1
+    multicast: int = 1
     warpgroups: int = 1
 
     def __post_init__(self):
@@ -58,8 +58,8 @@ class Config:
             raise ValueError(f"{self.depth=} must be 64, 128 or 256")
         if self.stages < 2:
             raise ValueError(f"{self.stages=} must be at least 2")
-        if self.splits < 1 or self.shared < 1 or self.splits * self.shared > MAX_CLUSTER:
-            raise ValueError(f"{self.splits=} times {self.shared=} must be 1 to {MAX_CLUSTER}")
+        if self.splits < 1 or self.multicast < 1 or self.splits * self.multicast > MAX_CLUSTER:
+            raise ValueError(f"{self.splits=} times {self.multicast=} must be 1 to {MAX_CLUSTER}")
 
     @property
     def rows(self) -> int:
@@ -103,11 +103,13 @@ class Problem:
     def refuses(self, config: Config) -> str | None:
         """Return why the kernel cannot run with these sizes, or `None` if it can."""
         if self.outputs % config.outputs or (
-            self.shards * self.outputs // config.outputs % config.shared
+            self.shards * self.outputs // config.outputs % config.multicast
         ):
             return f"{self.outputs} outputs are not divided by {config}"
         if self.inputs % config.depth or self.inputs < config.depth * config.splits:
             return f"{self.inputs} inputs are not divided by {config}"
+        if config.multicast > 1 and self.columns % (8 * config.multicast):
+            return f"the copies of {self.columns} tokens are not divided by {config}"
         if self.parts * config.rows * self.columns > MAX_SUMS * THREADS:
             return f"the sums of {self.columns} tokens are too many for the registers of {config}"
         if (size := self.smem_bytes(config)) > SMEM_BYTES:
@@ -211,7 +213,7 @@ def linear(
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     weight_tile = (config.depth, rows) if inputs_first else (problem.parts * rows, config.depth)
     consumed = functools.partial(plgpu.ClusterBarrier, collective_axes=("neighbour",))
-    if config.shared == 1:
+    if config.multicast == 1:
         consumed = plgpu.Barrier
     out, *_ = plgpu.kernel(
         functools.partial(_body, problem=problem, config=config, has_bias=bias is not None),
@@ -232,9 +234,9 @@ def linear(
             if config.splits > 1
             else None,
         },
-        grid=(tiles // config.shared,),
+        grid=(tiles // config.multicast,),
         grid_names=("tiles",),
-        cluster=(config.shared, config.splits),
+        cluster=(config.multicast, config.splits),
         cluster_names=("neighbour", "split"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
@@ -267,7 +269,7 @@ def _body(
     bias_gmem, (out_gmem, *sums_gmem) = more_gmem[:has_bias], more_gmem[has_bias:]
     parts, rows, stages, splits = problem.parts, config.rows, config.stages, config.splits
     warpgroup, split = lax.axis_index("warpgroup"), lax.axis_index("split")
-    tile = lax.axis_index("tiles") * config.shared + lax.axis_index("neighbour")
+    tile = lax.axis_index("tiles") * config.multicast + lax.axis_index("neighbour")
     tiles_of_shard = problem.outputs // config.outputs
     shard, first = lax.div(tile, tiles_of_shard), lax.rem(tile, tiles_of_shard) * config.outputs
 
@@ -293,7 +295,7 @@ def _body(
                 x_gmem.at[all_tokens, inputs],
                 x_smem.at[slot],
                 loaded.at[slot],
-                collective_axes="neighbour" if config.shared > 1 else None,
+                collective_axes="neighbour" if config.multicast > 1 else None,
             )
             for i in range(config.warpgroups):
                 outputs = pl.ds(first + i * rows, rows)

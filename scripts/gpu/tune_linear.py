@@ -40,30 +40,30 @@ def configs(problem: Problem, most: int) -> list[Config]:
     As many stages as fit with the other thread blocks of a multiprocessor.
     """
     found = []
-    for rows, warpgroups, splits, depth, shared in itertools.product(
+    for rows, warpgroups, splits, depth, multicast in itertools.product(
         (64, 128), (1, 2), (1, 2, 3, 4, 6, 8), (64, 128, 256), (1, 2, 4)
     ):
         outputs = rows * warpgroups
         blocks = problem.shards * problem.outputs // outputs * splits
         resident = -(-blocks // SMS)
-        if splits * shared > 8 or not 0.6 * SMS <= blocks <= 3 * SMS:
+        if splits * multicast > 8 or not 0.6 * SMS <= blocks <= 3 * SMS:
             continue
         if resident == 3 and blocks < 2.5 * SMS:
             continue  # a part of the multiprocessors would have half as much again to do
-        if shared > 1 and problem.tokens < 32:
+        if multicast > 1 and problem.tokens < 32:
             continue  # the tokens are next to nothing
         if problem.parts * rows * problem.columns > mosaic_gpu.MAX_SUMS * 128 // resident:
             continue
-        config = Config(outputs, depth, 2, splits, shared, warpgroups)
+        config = Config(outputs, depth, 2, splits, multicast, warpgroups)
         room = SMEM_BYTES // resident - 1024 - 2 * outputs * problem.share(config)
         stages = min(room // problem.stage_bytes(config), problem.inputs // depth // splits)
         if stages < 3:
             continue
-        config = Config(outputs, depth, stages, splits, shared, warpgroups)
+        config = Config(outputs, depth, stages, splits, multicast, warpgroups)
         if problem.refuses(config) is None:
             found.append(config)
     # First those that ask for little: no clusters, then few blocks in each.
-    found.sort(key=lambda c: (c.splits * c.shared, c.depth == 256, c.warpgroups))
+    found.sort(key=lambda c: (c.splits * c.multicast, c.depth == 256, c.warpgroups))
     return found[:most]
 
 

@@ -1,5 +1,7 @@
 """The sizes of the `linear` kernel: clusters, several warpgroups, stages that are used again."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,11 @@ from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.linear import cases, linear, mosaic_gpu
 from arctic_jax.pallas_kernels.linear.mosaic_gpu import Config, Problem
 
-# Steps are more than stages, and not divided by the splits; the tokens are not divided, either.
+# Steps are more than stages, and neither they nor the tokens are divided by the splits.
 CONFIGS = {
-    "split_shared": (
-        cases.Case("", frozenset(), 24, (256, 320)),
-        Config(128, 64, 2, splits=2, shared=2),
+    "split_multicast": (
+        cases.Case("", frozenset(), 48, (256, 448)),
+        Config(128, 64, 2, splits=2, multicast=2),
     ),
     "gated_warpgroups": (
         cases.Case("", frozenset(), 16, (1, 2, 128, 384), gated=True),
@@ -40,6 +42,15 @@ def test_sizes_do_not_change_the_product(name, capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_lower_for_cuda(name):
+    case, config = CONFIGS[name]
+    arguments, keywords = cases.inputs(case)
+    call = functools.partial(mosaic_gpu.linear, bias=None, **keywords, config=config)
+    lowered = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
 def problem(tokens: int, product: str, model: str = "llama_8b") -> Problem:
     case = cases.Case("", frozenset(), tokens, **cases.LAYERS[model][product])
     x, weight = jax.eval_shape(lambda: cases.inputs(case)[0])
@@ -58,10 +69,11 @@ def test_products_of_real_layers_have_sizes(model, tokens):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    sizes = problem(128, "gate_up")
+    sizes = problem(120, "gate_up")
     for config, reason in (
         (Config(96 * 64, 64, 2), "not divided"),
-        (Config(64, 64, 2, shared=3), "not divided"),
+        (Config(64, 64, 2, multicast=3), "not divided"),
+        (Config(64, 64, 2, multicast=8), "copies"),
         (Config(64, 256, 4), "shared memory"),
         (Config(256, 64, 2), "registers"),
     ):
