@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arctic_jax.llm import LLM
+import numpy as np
+
+from arctic_jax.llm import LLM, Prompt
 from arctic_jax.request import SamplingParams
 
 PROMPT_KEYS = ("messages", "prompt", "question", "text")
@@ -41,6 +43,29 @@ def _conversation(line: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     if text is None:
         raise ValueError(f"{where}: none of {', '.join(PROMPT_KEYS)} or turns")
     return [{"role": "user", "content": text}]
+
+
+def invent_prompts(llm: LLM, count: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    """Let a model write prompts, as what a user would say next (Magpie: Xu et al. 2024).
+
+    It goes on after that part of its chat template which comes before a user's words. What does not
+    end within 256 tokens is left out, and so are repetitions.
+
+    Args:
+        llm: the model; it has a chat template.
+        count: attempts; there are fewer prompts.
+        seed: of the sampling.
+    """
+    tokenizer, words = llm.get_tokenizer(), "THE USER'S WORDS"
+    asked = [{"role": "user", "content": words}]
+    before = tokenizer.apply_chat_template(asked, tokenize=False).partition(words)[0]
+    prompt: Prompt = {"prompt_token_ids": tokenizer.encode(before, add_special_tokens=False)}
+    seeds = np.random.default_rng(seed).integers(2**31, size=count).tolist()
+    params = [SamplingParams(temperature=1.0, top_p=0.95, max_tokens=256, seed=s) for s in seeds]
+    outputs = llm.generate([prompt] * count, params)
+    answers = (output.outputs[0] for output in outputs)
+    ended = (answer.text.strip() for answer in answers if answer.finish_reason == "stop")
+    return [[{"role": "user", "content": text}] for text in dict.fromkeys(ended) if text]
 
 
 def generate(

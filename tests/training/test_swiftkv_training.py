@@ -465,6 +465,11 @@ def test_a_model_writes_its_own_text(
     assert all(m[-1]["role"] == "assistant" for m in written)
     assert len(held_back.read_text().splitlines()) == 2
 
+    invented = generate.invent_prompts(llm, 6, seed=1)
+    assert 1 <= len(invented) <= 6
+    assert all(text["role"] == "user" and text["content"] for (text,) in invented)
+    assert generate.invent_prompts(llm, 6, seed=1) == invented
+
     monkeypatch.setattr(generate, "WRITTEN_TOGETHER", 2)
     chat, calls = llm.chat, iter([None, KeyboardInterrupt])
 
