@@ -9,6 +9,7 @@ overlap when all is run together, so their sum may be more than the whole.
 """
 
 import argparse
+import asyncio
 import json
 import random
 import time
@@ -20,8 +21,10 @@ import jax
 import numpy as np
 
 from arctic_jax import LLM
+from arctic_jax.embedding.embedder import Embedder
 from arctic_jax.embedding.packing import Packer
 from arctic_jax.encoder_batch import pack
+from arctic_jax.serving.embedding_engine import EmbeddingEngine
 from arctic_jax.serving.environment import record
 
 WORDS = (
@@ -39,6 +42,7 @@ WORDS = (
     "paper",
 )
 MIXED = 0  # instead of a length
+MEAN_OF_MIXED = 128  # tokens, nearly
 
 
 def main() -> None:
@@ -46,12 +50,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="minilm-l6")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 50, 128, 256, MIXED])
-    parser.add_argument("--texts", type=int, nargs="+", default=[1, 16, 256])
+    parser.add_argument("--texts", type=int, nargs="*", default=[1, 16, 256])
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[], help="cases with about so many tokens in all"
+    )
+    parser.add_argument(
+        "--latency", type=int, default=0, help="time so many texts of each length, one at a time"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--load-format", default="auto", help="dummy: random weights")
     parser.add_argument("--tokenizer", help="for random weights")
+    parser.add_argument("--implementation", help="of attention: xla or mosaic_gpu")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     llm = LLM(
@@ -60,17 +71,23 @@ def main() -> None:
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         load_format=arguments.load_format,
         tokenizer=arguments.tokenizer,
+        implementation=arguments.implementation,
     )
     rows = []
     print(f"{'length':>8}{'texts':>8}{'tokens/s':>12}   milliseconds")
     for length in arguments.lengths:
-        for count in arguments.texts:
+        mean = length or MEAN_OF_MIXED
+        for count in [*arguments.texts, *(tokens // mean for tokens in arguments.tokens)]:
             rows.append(measure(llm, length, count, arguments.repeats))
             row = rows[-1]
             parts = "  ".join(f"{name} {ms:.2f}" for name, ms in row["milliseconds"].items())
             name = length or "mixed"
             print(f"{name:>8}{count:>8}{row['tokens_per_second']:12.0f}   {parts}", flush=True)
-    report = {"model": arguments.model, "dtype": str(llm.embedder.runner.dtype), "cases": rows}
+    report: dict[str, Any] = {"model": arguments.model, "dtype": str(llm.embedder.runner.dtype)}
+    report |= {"implementation": arguments.implementation, "cases": rows}
+    if arguments.latency:
+        lengths = [length for length in arguments.lengths if length != MIXED]
+        report["latency"] = asyncio.run(latencies(llm.embedder, lengths, arguments.latency))
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report | record(), indent=2) + "\n")
@@ -131,6 +148,22 @@ def measure(llm: LLM, length: int, count: int, repeats: int) -> dict[str, Any]:
             "copy": copy,
         },
     }
+
+
+async def latencies(embedder: Embedder, lengths: list[int], count: int) -> list[dict[str, Any]]:
+    """Time texts that are embedded one at a time through the engine for event loops."""
+    engine, rows = EmbeddingEngine(embedder=embedder), []
+    for length in lengths:
+        found = []
+        for text in texts_of(length, count + 20, embedder.runner.max_length):
+            start = time.perf_counter()
+            await engine.embed(text)
+            found.append((time.perf_counter() - start) * 1e3)
+        median, p99 = (float(np.percentile(found[20:], q)) for q in (50, 99))
+        rows.append({"length": length, "texts": count, "median_ms": median, "p99_ms": p99})
+        print(f"one text of {length} tokens at a time: {median:.2f} ms, 99 % within {p99:.2f}")
+    engine.shutdown()
+    return rows
 
 
 if __name__ == "__main__":

@@ -12,18 +12,19 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from arctic_jax.encoder_batch import EncoderBatch
 from arctic_jax.errors import UnsupportedModelError
+from arctic_jax.models.gelu import gelu
 from arctic_jax.models.layers import parameter
+from arctic_jax.pallas_kernels.add_layer_norm import add_layer_norm
 from arctic_jax.pallas_kernels.segment_attention import segment_attention
 from arctic_jax.weights import Rows, Source, Transposed
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),  # by the error function
+    "gelu": gelu,  # by the error function
     "gelu_new": partial(jax.nn.gelu, approximate=True),  # by tanh, as is the next
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -91,6 +92,11 @@ class EncoderConfig:
         return values
 
     @property
+    def head_dim(self) -> int:
+        """Numbers of a query."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def usual_length(self) -> int:
         """Tokens of the longest text if nothing else is said."""
         return self.max_positions
@@ -99,18 +105,22 @@ class EncoderConfig:
 class LayerNorm(nnx.Module):
     """Layer normalisation (Ba et al. 2016) over the last dimension, computed in float32."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    def __init__(self, size: int, epsilon: float, implementation: str | None = None) -> None:
         self.weight = parameter(size)
         self.bias = parameter(size)
         self.epsilon = epsilon
+        self.implementation = implementation
 
-    def __call__(self, x: Array) -> Array:
-        """Normalise `x [T, size]`."""
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = (centred * centred).mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
+    def __call__(self, x: Array, delta: Array) -> Array:
+        """Normalise the sum of two arrays `[T, size]`."""
+        return add_layer_norm(
+            x,
+            delta,
+            self.weight[...],
+            self.bias[...],
+            epsilon=self.epsilon,
+            implementation=self.implementation,
+        )
 
 
 class Linear(nnx.Module):
@@ -135,26 +145,24 @@ class EncoderLayer(nnx.Module):
         self.implementation = implementation
         self.qkv = Linear(hidden, 3 * hidden)
         self.output = Linear(hidden, hidden)
-        self.attention_norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.attention_norm = LayerNorm(hidden, config.layer_norm_eps, implementation)
         self.up = Linear(hidden, config.intermediate_size)
         self.down = Linear(config.intermediate_size, hidden)
-        self.mlp_norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.mlp_norm = LayerNorm(hidden, config.layer_norm_eps, implementation)
 
     def __call__(self, x: Array, segment_ids: Array, window: int) -> Array:
         """`x [T, hidden]` of this layer to that of the next."""
         tokens, hidden = x.shape
-        qkv = self.qkv(x).reshape(tokens, 3, self.num_heads, hidden // self.num_heads)
         attended = segment_attention(
-            qkv[:, 0],
-            qkv[:, 1],
-            qkv[:, 2],
+            self.qkv(x).reshape(tokens, 3 * self.num_heads, hidden // self.num_heads),
             segment_ids,
+            num_kv_heads=self.num_heads,
             window=window,
             scale=(hidden // self.num_heads) ** -0.5,
             implementation=self.implementation,
         )
-        x = self.attention_norm(x + self.output(attended.reshape(tokens, hidden)))
-        return self.mlp_norm(x + self.down(self.activation(self.up(x))))
+        x = self.attention_norm(x, self.output(attended.reshape(tokens, hidden)))
+        return self.mlp_norm(x, self.down(self.activation(self.up(x))))
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.
@@ -179,7 +187,7 @@ class BertModel(nnx.Module):
         self.words = parameter(config.vocab_size, hidden)
         self.positions = parameter(config.max_positions + config.position_offset, hidden)
         self.types = parameter(config.type_vocab_size, hidden)
-        self.norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.norm = LayerNorm(hidden, config.layer_norm_eps, implementation)
         layers = range(config.num_hidden_layers)
         self.layers = nnx.List([EncoderLayer(config, implementation) for _ in layers])
 
@@ -191,8 +199,9 @@ class BertModel(nnx.Module):
             window: tokens of a window, see `EncoderBucket`.
         """
         positions = batch.positions + self.config.position_offset
-        x = self.words[...][batch.token_ids] + self.positions[...][positions]
-        x = self.norm(x + self.types[...][0])  # a text alone is all of the first type
+        words = self.words[...][batch.token_ids]
+        # A text alone is all of the first type.
+        x = self.norm(words, self.positions[...][positions] + self.types[...][0])
         for layer in self.layers:
             x = _run_layer(layer, x, batch.segment_ids, window=window)
         return x

@@ -43,6 +43,16 @@ class DecoderEncoderConfig:
         return self.decoder.hidden_size
 
     @property
+    def head_dim(self) -> int:
+        """Numbers of a query."""
+        return self.decoder.head_dim
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers."""
+        return self.decoder.num_hidden_layers
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.decoder.vocab_size
@@ -145,10 +155,9 @@ def _layer(
     q, k, v = qkv[:, :, :-2].reshape(len(x), -1, size), qkv[:, :, -2], qkv[:, :, -1]
     q, k = _normed(q, attention.q_norm), _normed(k, attention.k_norm)
     attended = segment_attention(
-        rotate(q, *rope),
-        rotate(k, *rope),
-        v,
+        jnp.concatenate([rotate(q, *rope), rotate(k, *rope), v], axis=1),
         segment_ids,
+        num_kv_heads=v.shape[1],
         window=window,
         scale=size**-0.5,
         causal=True,

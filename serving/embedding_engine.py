@@ -81,7 +81,7 @@ class EmbeddingEngine:
         model: str = "minilm-l6",
         *,
         max_waiting: int = 1024,
-        max_delay: float = 0.001,
+        max_delay: float = 0.0002,
         progress: bool = False,
         embedder: Embedder | None = None,
         **options: Any,

@@ -26,7 +26,9 @@ from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.registry import encoder_class
 from arctic_jax.progress import Report, silent
 
-CHUNK_TEXTS = 1024  # tokenized at once
+CHUNK_TEXTS = 1024  # tokenized at once, or fewer:
+CHUNK_CHARACTERS = 100_000  # some 20,000 tokens; the device waits for the first chunk
+TOKENIZING_THREADS = 2  # while one's ids become lists, another's are found, by threads without GIL
 MAX_IN_FLIGHT = 2  # batches: one computes while the next is staged
 
 
@@ -85,7 +87,9 @@ class Embedder:
         self.text_encoder = TextEncoder(
             files.tokenizer.backend, self.runner.max_length, model_config.vocab_size
         )
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="arctic-jax-tokenizer")
+        self._tokenizing = ThreadPoolExecutor(
+            TOKENIZING_THREADS, thread_name_prefix="arctic-jax-tokenizer"
+        )
 
     @property
     def dimension(self) -> int:
@@ -183,8 +187,8 @@ class Embedder:
     def _encode(
         self, texts: Sequence[Text], prompt: str, truncate: bool
     ) -> Iterator[Sequence[Encoded]]:
-        """Yield the token ids chunk by chunk, each tokenized while the last one is worked on."""
-        chunks = [texts[i : i + CHUNK_TEXTS] for i in range(0, len(texts), CHUNK_TEXTS)]
+        """Yield the token ids chunk by chunk, others tokenized while one is worked on."""
+        chunks = _chunks(texts)
 
         def encode(chunk: Sequence[Text]) -> Sequence[Encoded]:
             return self.text_encoder.encode(chunk, prompt, truncate=truncate)
@@ -195,7 +199,19 @@ class Embedder:
         ahead: collections.deque[Future[Sequence[Encoded]]] = collections.deque()
         for chunk in chunks:
             ahead.append(self._tokenizing.submit(encode, chunk))
-            if len(ahead) == 2:
+            if len(ahead) > 2 * TOKENIZING_THREADS:
                 yield ahead.popleft().result()
         for job in ahead:
             yield job.result()
+
+
+def _chunks(texts: Sequence[Text]) -> list[Sequence[Text]]:
+    """Cut texts into what is tokenized at once."""
+    chunks, begin, characters = [], 0, 0
+    for end, text in enumerate(texts):
+        size = len(text) if isinstance(text, str) else 0
+        if end - begin == CHUNK_TEXTS or (end > begin and characters + size > CHUNK_CHARACTERS):
+            chunks.append(texts[begin:end])
+            begin, characters = end, 0
+        characters += size
+    return [*chunks, texts[begin:]] if begin < len(texts) else chunks

@@ -17,6 +17,9 @@ FEW_WINDOWS = (64, 128, 256, 512)
 """Of these there are batches of 1, 2, 4, ... windows; of others one, and as many as fill one."""
 ATTENTION_COST = 1e-3
 """Of a token a key of its window, in units of all else that a token costs."""
+FREE_WINDOWS = (64, 128, 256, 512)
+"""Where attention skips the keys of other sequences: a batch is of the widest, a lone sequence of
+any."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,22 @@ class Plan:
     lengths: Mapping[int, int]
 
 
-def bucket_ladder(max_tokens: int, max_length: int) -> tuple[EncoderBucket, ...]:
+def bucket_ladder(
+    max_tokens: int, max_length: int, *, skips_other_segments: bool = False
+) -> tuple[EncoderBucket, ...]:
     """Return the shapes that are compiled, the cheapest first.
 
     Args:
         max_tokens: of a batch; but a window is never cut.
         max_length: tokens of the longest sequence.
+        skips_other_segments: wide windows cost short sequences nothing, see `segment_attention`.
     """
+    if skips_other_segments:
+        widest = -(-max(max_length, FREE_WINDOWS[-1]) // 64) * 64
+        buckets = {EncoderBucket(window, 1) for window in FREE_WINDOWS if window < widest}
+        full = max(1, max_tokens // widest)
+        buckets |= {EncoderBucket(widest, count) for count in (*_doubling(1, full), full)}
+        return tuple(sorted(buckets, key=lambda bucket: bucket.num_tokens))
     windows = [window for window in WINDOWS if window < max_length]
     windows += [*_doubling(1024, max_length - 1), -(-max_length // 16) * 16]
     buckets = set()

@@ -33,6 +33,7 @@ from arctic_jax.models.bert import BertModel, EncoderConfig
 from arctic_jax.models.decoder_encoder import DecoderEncoder, DecoderEncoderConfig
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.pallas_kernels import dispatch
+from arctic_jax.pallas_kernels.segment_attention.op import skips_other_segments
 from arctic_jax.progress import Report, counted, silent
 from arctic_jax.shift_parallel import make_mesh
 from arctic_jax.weights import Checkpoint, ParameterSpec, Renamed
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 Encoder = BertModel | DecoderEncoder
 Numbers = EncoderConfig | DecoderEncoderConfig
-MAX_TOKENS = {"cpu": 1024, "gpu": 16384}
+MAX_TOKENS = {"cpu": 1024, "gpu": 32768}
 """Tokens of a batch, by back end: where more do not make a token cheaper."""
 
 
@@ -73,13 +74,20 @@ class EncoderRunner:
         report: Report = silent,
     ) -> None:
         self.settings = settings
+        self.model_config = model_config
         self.dimension = model_config.hidden_size
         self.max_length = _max_length(load.max_model_len, model_config, settings)
         self.mesh = make_mesh(1, 1)
         platform = self.mesh.devices.flat[0].platform
         dtype = load.dtype if load.dtype != "auto" else _DTYPES.get(platform, "bfloat16")
         self.dtype = jnp.dtype(dtype)
-        self.ladder = bucket_ladder(max_tokens or MAX_TOKENS.get(platform, 16384), self.max_length)
+        self.ladder = bucket_ladder(
+            max_tokens or MAX_TOKENS.get(platform, 32768),
+            self.max_length,
+            skips_other_segments=skips_other_segments(
+                self.dtype, model_config.head_dim, load.implementation
+            ),
+        )
         model = nnx.eval_shape(lambda: model_class(model_config, load.implementation))
         self._structure = jax.tree.structure(model)
         self._leaves = self._load(model, checkpoint, load.seed, report)
@@ -104,6 +112,10 @@ class EncoderRunner:
         vectors = self._programs[bucket](self._leaves, packed)
         vectors.copy_to_host_async()
         return vectors
+
+    def program_text(self, bucket: EncoderBucket) -> str:
+        """Return what XLA made of a batch's program."""
+        return self._programs[bucket].as_text() or ""
 
     def _load(
         self, model: Encoder, checkpoint: Checkpoint | None, seed: int, report: Report

@@ -4,6 +4,7 @@ The same names as in `paged_attention/cases.py`, read by the same test and the s
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,11 @@ class Case:
     race_detection: bool = False
 
     @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.kv_heads or self.heads
+
+    @property
     def tokens(self) -> int:
         """T."""
         return len(self.windows) * self.window
@@ -39,41 +45,63 @@ def _case(name, windows, window, heads, head_dim, tags="ci", **more) -> Case:
     return Case(name, frozenset(tags.split()), windows, window, heads, head_dim, **more)
 
 
+def _mixed(windows: int, window: int) -> tuple[tuple[int, ...], ...]:
+    """Log-normal lengths of 16 to `window`, each window filled until the next does not fit."""
+    draw = np.random.default_rng(0)
+    filled: list[tuple[int, ...]] = [()]
+    while True:
+        length = int(np.clip(draw.lognormal(4.5, 0.9), 16, window))
+        if sum(filled[-1]) + length <= window:
+            filled[-1] += (length,)
+        elif len(filled) == windows:
+            return tuple(filled)
+        else:
+            filled.append((length,))
+
+
 CASES = (
     _case("minilm_one_token", ((1,),), 16, 12, 32, dtype="float32"),
-    _case("minilm_full_window", ((64,), (64,)), 64, 12, 32),
+    _case("minilm_full_window", ((64,), (64,)), 64, 3, 32),
     _case("minilm_mixed", ((100, 20, 8), (1, 3, 90), (128,)), 128, 12, 32, dtype="float32"),
-    _case("arctic_m_mixed", ((50, 50, 20), (7, 64)), 128, 12, 64),
+    _case("arctic_m_mixed", ((50, 50, 20), (7, 64)), 128, 3, 64, race_detection=True),
     _case("arctic_m_512", ((512,),), 512, 2, 64, dtype="float16"),
+    _case("long_among_short", ((10, 300, 60, 1), (384,)), 384, 1, 64),
     _case("head_dim_8", ((5, 6), (11,)), 16, 3, 8, dtype="float32"),
     _case("causal", ((30, 20, 8), (64,)), 64, 4, 16, dtype="float32", causal=True),
-    _case("qwen3_embedding", ((70, 50), (1, 127)), 128, 16, 128, kv_heads=8, causal=True),
-    _case("arctic_m_50", ((50,) * 10,) * 32, 512, 12, 64, "bench"),
-    _case("arctic_m_512_full", ((512,),) * 32, 512, 12, 64, "bench"),
-    _case("minilm_256", ((256,),) * 64, 256, 12, 32, "bench"),
+    _case("qwen3_embedding", ((70, 50), (1, 127)), 128, 4, 128, kv_heads=2, causal=True),
+    _case("causal_long", ((320,),), 320, 2, 128, kv_heads=1, causal=True, dtype="float16"),
+    _case("arctic_m_50", ((50,) * 10,) * 64, 512, 12, 64, "bench"),
+    _case("arctic_m_50_narrow", ((50,),) * 640, 64, 12, 64, "bench"),
+    _case("arctic_m_512_full", ((512,),) * 64, 512, 12, 64, "bench"),
+    _case("arctic_m_lognormal", _mixed(64, 512), 512, 12, 64, "bench"),
+    _case("minilm_256", ((256,),) * 128, 256, 12, 32, "bench"),
+    _case("qwen3_512", ((512,),) * 16, 512, 16, 128, "bench", kv_heads=8, causal=True),
 )
 
 
 def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tuple, dict]:
-    """Return the arguments of `op.segment_attention`; padding holds `poison`."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    kv_heads = case.kv_heads or case.heads
-    shapes = [(case.tokens, heads, case.head_dim) for heads in (case.heads, kv_heads, kv_heads)]
+    """Return the arguments of `op.segment_attention`; padding holds `poison`, if finite, or 1e4."""
+    heads = case.heads + 2 * case.num_kv_heads
+    shape = (case.tokens, heads, case.head_dim)
+    qkv = jax.random.normal(jax.random.key(seed), shape, jnp.dtype(case.dtype))
     ids = _segment_ids(case)
-    arrays = [
-        jax.random.normal(key, shape, jnp.dtype(case.dtype))
-        for key, shape in zip(keys, shapes, strict=True)
-    ]
     if poison is not None:
-        arrays = [jnp.where((ids < 0)[:, None, None], poison, x).astype(x.dtype) for x in arrays]
-    keywords = {"window": case.window, "scale": case.head_dim**-0.5, "causal": case.causal}
-    return (*arrays, jnp.asarray(ids)), keywords
+        poison = poison if math.isfinite(poison) else 1e4
+        qkv = jnp.where((ids < 0)[:, None, None], poison, qkv).astype(qkv.dtype)
+    keywords = {
+        "num_kv_heads": case.num_kv_heads,
+        "window": case.window,
+        "scale": case.head_dim**-0.5,
+        "causal": case.causal,
+    }
+    return (qkv, jnp.asarray(ids)), keywords
 
 
 def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
     """Return the output in float64, NaN for padding, segment by segment."""
-    q, k, v = (np.asarray(x).astype(np.float64) for x in arguments[:3])
-    k, v = (np.repeat(x, case.heads // x.shape[1], axis=1) for x in (k, v))
+    qkv = np.asarray(arguments[0]).astype(np.float64)
+    q, k, v = np.split(qkv, (case.heads, case.heads + case.num_kv_heads), axis=1)
+    k, v = (np.repeat(x, case.heads // case.num_kv_heads, axis=1) for x in (k, v))
     out = np.full_like(q, np.nan)
     for number, lengths in enumerate(case.windows):
         start = number * case.window
@@ -92,23 +120,23 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
 def comparable(case: Case, output: jax.Array, arguments: tuple) -> tuple[np.ndarray]:
     """Return the output as float64; that of segments must be finite."""
     array = np.asarray(output).astype(np.float64)
-    if not np.isfinite(array[np.asarray(arguments[3]) >= 0]).all():
+    if not np.isfinite(array[np.asarray(arguments[1]) >= 0]).all():
         raise AssertionError(f"{case.name}: not finite")
     return (array,)
 
 
 def following(arguments: tuple, output: jax.Array) -> tuple:
-    """Return `arguments` with the output as queries: calls run one after another."""
-    return (output, *arguments[1:])
+    """Return `arguments` with a row of the output as a query: calls run one after another."""
+    qkv, segment_ids = arguments
+    return qkv.at[0, 0].set(output[0, 0]), segment_ids
 
 
 def cost(case: Case) -> tuple[float, float]:
     """Return the bytes that must be moved and the floating-point operations that must be done."""
-    heads, kv_heads = case.heads, case.kv_heads or case.heads
     squares = float(sum(length**2 for lengths in case.windows for length in lengths))
     squares /= 2 if case.causal else 1
-    moved = 2.0 * (heads + kv_heads) * case.tokens * case.head_dim
-    return moved * jnp.dtype(case.dtype).itemsize, 4.0 * squares * heads * case.head_dim
+    moved = 2.0 * (case.heads + case.num_kv_heads) * case.tokens * case.head_dim
+    return moved * jnp.dtype(case.dtype).itemsize, 4.0 * squares * case.heads * case.head_dim
 
 
 def _segment_ids(case: Case) -> np.ndarray:

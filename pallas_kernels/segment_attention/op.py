@@ -1,18 +1,22 @@
 """Segment attention: the public function, its argument checks and its dispatch."""
 
+import jax
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from arctic_jax.pallas_kernels import dispatch
-from arctic_jax.pallas_kernels.segment_attention import reference
+from arctic_jax.pallas_kernels.segment_attention import mosaic_gpu, reference
+
+PREFERRED = "xla"
+"""On an H200, where both run."""
 
 
 def segment_attention(
-    q: Float[Array, "T H D"],
-    k: Float[Array, "T K D"],
-    v: Float[Array, "T K D"],
+    qkv: Float[Array, "T H+2*K D"],
     segment_ids: Int[Array, " T"],
     *,
+    num_kv_heads: int,
     window: int,
     scale: float,
     causal: bool = False,
@@ -21,15 +25,15 @@ def segment_attention(
     """Softmax attention of every token to the tokens of its own segment.
 
     Sequences lie one after another in a flat batch. None crosses a multiple of `window`, so that
-    attention is `T / window` blocks on the diagonal, whatever lies in them. H may be split over
-    devices.
+    attention is `T / window` blocks on the diagonal, whatever lies in them.
 
     Args:
-        q: queries; H is a multiple of K, and head h reads the keys of head h // (H / K).
-        k: keys.
-        v: values.
+        qkv: what one projection yields for a token: its H queries, K keys and K values. H is a
+            multiple of K, and head h reads the keys of head h // (H / K). All of it is finite, that
+            of padding included: a weight of 0 does not silence what is not.
         segment_ids: equal for the tokens of a segment, different for different segments within a
             window. Padding is a segment like any other.
+        num_kv_heads: K.
         window: static; T is a multiple of it.
         scale: factor on the scores.
         causal: whether a token sees only itself and those before it.
@@ -38,19 +42,51 @@ def segment_attention(
     Raises:
         ValueError: shapes do not fit each other; the values are in the message.
     """
-    if k.shape != v.shape or q.ndim != 3 or k.ndim != 3 or q.shape[::2] != k.shape[::2]:
-        raise ValueError(f"{q.shape=}, {k.shape=} and {v.shape=} do not fit")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape=}, {k.shape=} and {v.shape=} do not fit")
-    if segment_ids.shape != q.shape[:1] or window < 1 or q.shape[0] % window:
-        raise ValueError(f"{segment_ids.shape=} and {window=} do not fit {q.shape=}")
-    chosen = dispatch.resolve("segment_attention", implementation, "xla")
-    if chosen != "xla":
-        reason = mosaic_gpu_unsupported(q)
+    if qkv.ndim != 3 or num_kv_heads < 1 or qkv.shape[1] <= 2 * num_kv_heads:
+        raise ValueError(f"{qkv.shape=} and {num_kv_heads=} do not fit")
+    if qkv.shape[1] % num_kv_heads:
+        raise ValueError(f"{qkv.shape[1]} heads are no multiple of {num_kv_heads=}")
+    if segment_ids.shape != qkv.shape[:1] or window < 1 or qkv.shape[0] % window:
+        raise ValueError(f"{segment_ids.shape=} and {window=} do not fit {qkv.shape=}")
+    reason = mosaic_gpu_unsupported(qkv, segment_ids, window=window)
+    chosen = dispatch.resolve("segment_attention", implementation, "xla" if reason else PREFERRED)
+    if chosen == "xla":
+        return reference.segment_attention(qkv, segment_ids, num_kv_heads, window, scale, causal)
+    if reason:
         raise ValueError(f"segment_attention: implementation={chosen!r} cannot do this: {reason}")
-    return reference.segment_attention(q, k, v, segment_ids, window, scale, causal)
+    return mosaic_gpu.segment_attention(
+        qkv,
+        segment_ids,
+        num_kv_heads,
+        window,
+        scale,
+        causal,
+        interpret=dispatch.interpreter(),
+    )
 
 
-def mosaic_gpu_unsupported(*_: Array, **__: object) -> str | None:
-    """Return why `"mosaic_gpu"` does not take these arguments: there is no such kernel so far."""
-    return "segment_attention has no mosaic_gpu kernel"
+def mosaic_gpu_unsupported(qkv: Array, *_: Array, window: int, **__: object) -> str | None:
+    """Return why `"mosaic_gpu"` does not take these arguments of `segment_attention`, or `None`.
+
+    Only shapes and dtypes are looked at.
+    """
+    return mosaic_gpu.unsupported(qkv, window)
+
+
+def skips_other_segments(dtype: DTypeLike, head_dim: int, implementation: str | None) -> bool:
+    """Return whether short segments cost little in a wide window, one of a multiple of 64.
+
+    If not, scores of a whole window are computed, whatever lies in it.
+
+    Args:
+        dtype: of the projection.
+        head_dim: D.
+        implementation: as `segment_attention` will be given it.
+
+    Raises:
+        ValueError: the implementation is unknown or cannot run here.
+    """
+    qkv = jax.ShapeDtypeStruct((mosaic_gpu.ROWS, 3, head_dim), dtype)
+    reason = mosaic_gpu.unsupported(qkv, mosaic_gpu.ROWS)
+    preferred = "xla" if reason else PREFERRED
+    return dispatch.resolve("segment_attention", implementation, preferred) == "mosaic_gpu"

@@ -9,12 +9,14 @@ from jax import Array
 
 
 def segment_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, window: int, scale: float, causal: bool
+    qkv: Array, segment_ids: Array, num_kv_heads: int, window: int, scale: float, causal: bool
 ) -> Array:
     """See `op.segment_attention`."""
-    tokens, heads, head_dim = q.shape
-    if k.shape[1] != heads:
-        k, v = (jnp.repeat(x, heads // x.shape[1], axis=1) for x in (k, v))
+    heads = qkv.shape[1] - 2 * num_kv_heads
+    q, k, v = jnp.split(qkv, (heads, heads + num_kv_heads), axis=1)
+    tokens, _, head_dim = q.shape
+    if num_kv_heads != heads:
+        k, v = (jnp.repeat(x, heads // num_kv_heads, axis=1) for x in (k, v))
     windows = (tokens // window, window, heads, head_dim)
     q, k, v = (x.reshape(windows) for x in (q, k, v))
     ids = segment_ids.reshape(windows[:2])

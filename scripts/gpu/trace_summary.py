@@ -10,8 +10,32 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 MOST = 25
+
+
+def read_trace(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[int, int], str]]:
+    """Return a profile's events, and the names of its processes `(pid, None)` and threads."""
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {
+        (e["pid"], e.get("tid")): e["args"]["name"]
+        for e in events
+        if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
+    }
+    return events, names
+
+
+def gpu_kernels(
+    events: list[dict[str, Any]], names: dict[tuple[int, int], str]
+) -> list[tuple[float, float, str]]:
+    """Return start, end (microseconds) and name of what ran on GPUs, in order."""
+    gpus = {pid for (pid, _), name in names.items() if "GPU" in name}
+    return sorted(
+        (e["ts"], e["ts"] + e["dur"], e["name"])
+        for e in events
+        if e.get("ph") == "X" and e["pid"] in gpus and "Stream" in names[e["pid"], e["tid"]]
+    )
 
 
 def print_gaps(kernels: list[tuple[float, float, str]]) -> None:
@@ -30,12 +54,7 @@ def print_gaps(kernels: list[tuple[float, float, str]]) -> None:
 
 def main() -> None:
     for path in sorted(Path(sys.argv[1]).rglob("*.trace.json.gz")):
-        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-        names = {
-            (e["pid"], e.get("tid")): e["args"]["name"]
-            for e in events
-            if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
-        }
+        events, names = read_trace(path)
         gpus = {pid for (pid, _), name in names.items() if "GPU" in name}
         total: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         count: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -47,12 +66,7 @@ def main() -> None:
             total[where][e["name"][:100]] += e["dur"]
             count[where][e["name"][:100]] += 1
         print(path.parent)
-        kernels = [
-            (e["ts"], e["ts"] + e["dur"], e["name"][:60])
-            for e in events
-            if e.get("ph") == "X" and e["pid"] in gpus and "Stream" in names[e["pid"], e["tid"]]
-        ]
-        print_gaps(sorted(kernels))
+        print_gaps([(start, stop, name[:60]) for start, stop, name in gpu_kernels(events, names)])
         for where, times in sorted(total.items()):
             if where == "GPU":
                 print(f"  GPU: {times.total() / 1e3:.2f} ms")

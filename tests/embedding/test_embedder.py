@@ -11,7 +11,7 @@ import tiny_encoder
 from safetensors.numpy import load_file, save_file
 
 from arctic_jax.config import EngineConfig
-from arctic_jax.embedding.embedder import Embedder, EmbeddingParams
+from arctic_jax.embedding.embedder import Embedder, EmbeddingParams, _chunks
 from arctic_jax.embedding.pooling import Pooling, pool
 from arctic_jax.embedding.settings import EmbeddingSettings
 from arctic_jax.encoder_batch import EncoderBucket, pack, unpack
@@ -50,12 +50,12 @@ def test_packed_equals_one_by_one_in_any_order(embedder: Embedder) -> None:
 
 
 def test_many_texts(embedder: Embedder) -> None:
-    texts = [f"text number {i}" for i in range(3000)]
+    texts = [f"text number {i}" for i in range(10_000)]
     reports: list[tuple[str, int, int]] = []
     rows = embedder.embed(texts, report=lambda *report: reports.append(report))
-    some = [0, 1023, 1024, 2047, 2999]
+    some = [0, 1023, 1024, 5000, 9999]
     np.testing.assert_allclose(rows[some], embedder.embed([texts[i] for i in some]), atol=2e-6)
-    assert reports[-1] == ("Embedding", 3000, 3000)
+    assert reports[-1] == ("Embedding", 10_000, 10_000)
 
 
 def test_no_texts(embedder: Embedder) -> None:
@@ -139,6 +139,15 @@ def test_the_limit_of_the_model_and_of_the_user(tmp_path: Path) -> None:
     assert make(directory, max_model_len=40).runner.max_length == 40
     with pytest.raises(ValueError, match="max_model_len=513"):
         make(directory, max_model_len=513)
+
+
+def test_chunks_are_short_and_hold_every_text() -> None:
+    texts = ["x" * (n % 300) for n in range(5000)] + ["y" * 500_000, [1] * 9, "z"]
+    chunks = _chunks(texts)
+    assert [text for chunk in chunks for text in chunk] == texts
+    assert all(len(chunk) <= 1024 for chunk in chunks)
+    assert all(len(chunk) == 1 or sum(map(len, chunk)) <= 100_009 for chunk in chunks)
+    assert _chunks([]) == []
 
 
 def test_token_ids_are_texts_too(embedder: Embedder) -> None:

@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arctic_jax.embedding.packing import Packer, Plan, bucket_ladder, cost
+from arctic_jax.encoder_batch import EncoderBucket
 
 LADDER = bucket_ladder(1024, 512)
 
 
-def plans_of(lengths: Sequence[int], rest: bool = True) -> list[Plan]:
-    packer = Packer(LADDER)
+def plans_of(
+    lengths: Sequence[int], rest: bool = True, ladder: Sequence[EncoderBucket] = LADDER
+) -> list[Plan]:
+    packer = Packer(ladder)
     packer.add(enumerate(lengths))
     plans = []
     while plan := packer.take(rest=rest):
@@ -21,11 +24,13 @@ def plans_of(lengths: Sequence[int], rest: bool = True) -> list[Plan]:
     return plans
 
 
-def check(plans: Sequence[Plan], lengths: Sequence[int]) -> None:
+def check(
+    plans: Sequence[Plan], lengths: Sequence[int], ladder: Sequence[EncoderBucket] = LADDER
+) -> None:
     numbers = [number for plan in plans for number in plan.lengths]
     assert len(numbers) == len(set(numbers))
     for plan in plans:
-        assert plan.bucket in LADDER
+        assert plan.bucket in ladder
         assert len(plan.windows) == plan.bucket.num_windows
         assert 1 <= len(plan.lengths) <= plan.bucket.max_segments
         assert list(plan.lengths) == [number for window in plan.windows for number in window]
@@ -86,6 +91,23 @@ def test_a_removed_text_is_in_no_batch() -> None:
 def test_a_text_longer_than_every_window_is_an_error() -> None:
     with pytest.raises(ValueError, match="513 tokens"):
         plans_of([513])
+
+
+@given(st.lists(st.integers(1, 512), max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_wide_windows_hold_every_text(lengths: list[int]) -> None:
+    ladder = bucket_ladder(2048, 512, skips_other_segments=True)
+    plans = plans_of(lengths, ladder=ladder)
+    check(plans, lengths, ladder)
+    assert {n for plan in plans for n in plan.lengths} == set(range(len(lengths)))
+
+
+@pytest.mark.parametrize(("max_length", "widest"), [(40, 512), (512, 512), (1000, 1024)])
+def test_wide_windows_are_few_and_multiples_of_64(max_length: int, widest: int) -> None:
+    ladder = bucket_ladder(32768, max_length, skips_other_segments=True)
+    assert len(ladder) <= 11
+    assert all(bucket.window % 64 == 0 for bucket in ladder)
+    assert max(ladder) == EncoderBucket(widest, 32768 // widest)
 
 
 @pytest.mark.parametrize("max_length", [40, 256, 512, 8192])

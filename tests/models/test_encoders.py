@@ -5,6 +5,7 @@ from pathlib import Path
 
 import encoder_cases
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +18,7 @@ from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 from arctic_jax.models.bert import BertModel
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.registry import ENCODERS, encoder_class
+from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.shift_parallel import make_mesh
 from arctic_jax.testing import write_checkpoint
 
@@ -24,12 +26,14 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny_encoders.npz"
 BERT = encoder_cases.CASES["bert"]
 
 
-def load(directory: Path, config: dict) -> BertModel:
+def load(
+    directory: Path, config: dict, dtype: str = "float32", implementation: str | None = None
+) -> BertModel:
     """The model alone: no engine."""
     cls = encoder_class(config)
-    model = nnx.eval_shape(lambda: cls(cls.config_from_hf(config)))
+    model = nnx.eval_shape(lambda: cls(cls.config_from_hf(config), implementation))
     parameters = {
-        path: weights.ParameterSpec(variable.shape, np.dtype(np.float32), PartitionSpec())
+        path: weights.ParameterSpec(variable.shape, jnp.dtype(dtype), PartitionSpec())
         for path, variable in named_parameters(model).items()
     }
     placed = weights.load(
@@ -97,3 +101,23 @@ def test_too_much_for_a_bucket_is_refused() -> None:
     for windows in ([[range(17)]], [[[1]], [[1]], [[1]]], [[[1]] * 5]):
         with pytest.raises(ValueError, match="do not fit"):
             pack(windows, bucket)
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+def test_the_kernel_for_hopper_gives_the_same(name: str, tmp_path: Path) -> None:
+    """In the interpreter: short texts side by side in a wide window, in bfloat16."""
+    config = encoder_cases.CASES[name] | {"num_hidden_layers": 1, "max_position_embeddings": 128}
+    config |= {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config |= {"head_dim": 32}
+    write_checkpoint(tmp_path, config)
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(0, 90, n).tolist() for n in (1, 70, 30, 64)]
+    found = []
+    with dispatch.interpret():
+        for implementation in ("xla", "mosaic_gpu"):
+            model = load(tmp_path, config, "bfloat16", implementation)
+            found.append(hidden_states(model, [texts[:3], texts[3:]], EncoderBucket(128, 2)))
+    for want, got in zip(*found, strict=True):
+        want, got = (rows.astype(np.float32) for rows in (want, got))
+        assert np.abs(want).max() > 0.5
+        np.testing.assert_allclose(got, want, atol=0.06)

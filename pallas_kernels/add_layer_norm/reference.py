@@ -1,0 +1,19 @@
+"""Residual addition and LayerNorm in plain jnp: the specification, and what `"xla"` means."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
+    """LayerNorm (Ba et al. 2016) of `x [..., d]`; computed in float32, and left there."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred * centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon) * weight + bias
+
+
+def add_layer_norm(x: Array, delta: Array, weight: Array, bias: Array, epsilon: float) -> Array:
+    """See `op.add_layer_norm`."""
+    total = x.astype(jnp.float32) + delta.astype(jnp.float32)
+    return layer_norm(total, weight, bias, epsilon).astype(x.dtype)
