@@ -41,14 +41,11 @@ def median_seconds(program, state, repeats: int = 7):
     return statistics.median(times), state
 
 
-def seconds_per_call(function, following, sets: list[tuple]) -> float:
-    """Return device seconds of one call, from programs that are a chain of dependent calls.
+def chain(function, following, count: int):
+    """Return a program of `count` dependent calls, from sets of arguments to those that follow."""
+    function = jax.jit(function)  # traced once
 
-    The programs are launched without waiting for each other, and each is long enough for the host
-    to stay ahead; the slope between few and many launches leaves out the first one's latency.
-    """
-
-    def chain(count, sets):
+    def run(sets):
         output = None
         for i in range(count):
             arguments = sets[i % len(sets)]
@@ -59,17 +56,31 @@ def seconds_per_call(function, following, sets: list[tuple]) -> float:
         sets[(count - 1) % len(sets)] = following(sets[(count - 1) % len(sets)], output)
         return sets
 
-    def launches(program, count, sets):
+    return jax.jit(run, donate_argnums=0)
+
+
+def seconds_per_launch(program, sets: list[tuple]) -> tuple[float, list[tuple]]:
+    """Return device seconds of one launch of a `chain`, and the sets that come out.
+
+    The programs are launched without waiting for each other, and each must be long enough for the
+    host to stay ahead; the slope between few and many launches leaves out the first one's latency.
+    """
+
+    def launches(count, sets):
         for _ in range(count):
             sets = program(sets)
         return sets
 
-    function = jax.jit(function)  # traced once
+    few, sets = median_seconds(functools.partial(launches, 2), sets)
+    many, sets = median_seconds(functools.partial(launches, 12), sets)
+    return (many - few) / 10, sets
+
+
+def seconds_per_call(function, following, sets: list[tuple]) -> float:
+    """Return device seconds of one call, from a chain that is long enough."""
+    function = jax.jit(function)  # traced once for all chains
     for count in (1, 8, 64, 256):
-        program = jax.jit(functools.partial(chain, count), donate_argnums=0)
-        few, sets = median_seconds(functools.partial(launches, program, 2), sets)
-        many, sets = median_seconds(functools.partial(launches, program, 12), sets)
-        seconds = (many - few) / 10
+        seconds, sets = seconds_per_launch(chain(function, following, count), sets)
         if seconds > 2.5e-4:
             break
     return seconds / count

@@ -21,6 +21,7 @@ from arctic_jax.config import ModelConfig, RopeConfig
 from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
 from arctic_jax.pallas_kernels.add_rms_norm.reference import rms_norm
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
+from arctic_jax.pallas_kernels.linear import linear
 from arctic_jax.pallas_kernels.norm_linear import norm_linear
 from arctic_jax.pallas_kernels.paged_attention import paged_attention
 from arctic_jax.shift_parallel import MeshLayout
@@ -180,6 +181,17 @@ class RMSNorm(nnx.Module):
         )
 
 
+def row_parallel(
+    x: Array, weight: Array, bias: Array | None, layout: MeshLayout, implementation: str | None
+) -> Array:
+    """Devices' parts of `x [tokens, in]` times those of `weight [in, out]`, summed, plus `bias`."""
+    # The kernel is for few tokens; by its name it would refuse the others.
+    implementation = "xla" if implementation == "xla" else None
+    out = linear(x, weight, inputs_first=True, implementation=implementation)
+    out = layout.reduce(out)
+    return out if bias is None else out + bias
+
+
 class PagedAttention(nnx.Module):
     """What all attention over the paged cache ends with: from rotated queries to the output."""
 
@@ -211,8 +223,9 @@ class PagedAttention(nnx.Module):
             implementation=self.implementation,
         )
         out = layout.to_tokens(out.reshape(out.shape[0], k_cache.shape[1], -1))
-        out = layout.reduce(out.reshape(out.shape[0], -1) @ self.output[...])
-        return out if self.output_bias is None else out + self.output_bias[...]
+        bias = None if self.output_bias is None else self.output_bias[...]
+        out = out.reshape(out.shape[0], -1)
+        return row_parallel(out, self.output[...], bias, layout, self.implementation)
 
 
 class Attention(PagedAttention):
@@ -305,5 +318,5 @@ class GatedMLP(nnx.Module):
         """`x` and `delta [T, hidden]` to their sum, and the feed-forward of its norm."""
         bias = None if self.gate_up_bias is None else self.gate_up_bias[...]
         x, activated = norm.linear(x, delta, self.gate_up[...], bias, gated=True)
-        out = layout.reduce(activated @ self.down[...])
-        return x, out if self.down_bias is None else out + self.down_bias[...]
+        bias = None if self.down_bias is None else self.down_bias[...]
+        return x, row_parallel(activated, self.down[...], bias, layout, norm.implementation)

@@ -30,7 +30,7 @@ from arctic_jax.models.layers import (
 )
 from arctic_jax.models.llama import FeedForward, LlamaForCausalLM
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
-from arctic_jax.pallas_kernels.norm_linear.reference import linear
+from arctic_jax.pallas_kernels.linear import linear
 from arctic_jax.shift_parallel import MeshLayout
 from arctic_jax.weights import KV, Rows, Source
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from arctic_jax.pallas_kernels import cluster
 
 TILE = 512  # entries that a thread block works on at once: 4 a thread
 MAX_BLOCKS = 8  # of a cluster on any Hopper GPU
@@ -79,10 +80,9 @@ class Row:
     Args:
         smem: `[tiles, TILE]` float32, the entries.
         board: `[R, turns, blocks, WORDS]` float32 in global memory, for messages.
-        barrier: of the cluster, where the kernel is interpreted.
+        barrier: see `cluster.barrier`.
         vocab: entries of a row.
         width: entries of a row in global memory, at least `TILE`.
-        interpreted: whether the kernel is.
     """
 
     def __init__(
@@ -94,13 +94,12 @@ class Row:
         vocab: int,
         width: int,
         config: Config,
-        interpreted: bool,
     ) -> None:
         self.index, self.block = lax.axis_index("row"), lax.axis_index("block")
         self._smem, self._board, self._barrier = smem, board, barrier
         self.vocab, self.blocks, self.unroll = vocab, config.blocks, config.unroll
         self._width = width
-        self._config, self._interpreted = config, interpreted
+        self._config = config
         # As many numbers at once as the rows in global memory are aligned to.
         self._layout = plgpu.Layout.WG_STRIDED((TILE,), vec_size=math.gcd(width, 4))
 
@@ -259,24 +258,8 @@ class Row:
 
     def sync(self) -> None:
         """Wait for the other blocks; then what they have posted can be read."""
-        if self._config.blocks == 1:
-            return
-        if self._interpreted:
-            plgpu.barrier_arrive(self._barrier)
-            plgpu.barrier_wait(self._barrier)
-            return
-
-        # A `ClusterBarrier` orders shared memory only, and the board is in global memory.
-        @plgpu.inline_mgpu()
-        def cluster_barrier(_):
-            inline_ptx(
-                "barrier.cluster.arrive.release.aligned;", has_side_effects=True, convergent=True
-            )
-            inline_ptx(
-                "barrier.cluster.wait.acquire.aligned;", has_side_effects=True, convergent=True
-            )
-
-        cluster_barrier()
+        if self._config.blocks > 1:
+            cluster.wait(self._barrier)
 
     def read(self, turns: Sequence[Array | int], word: int) -> list[Array]:
         """Return a word of a message of each block, `turns[block]`."""
@@ -346,7 +329,6 @@ def run(
             vocab=vocab,
             width=width,
             config=config,
-            interpreted=interpret is not None,
         )
         body(row, *refs)
 
@@ -355,7 +337,7 @@ def run(
         out_type=[*out_type, board],
         scratch_types={
             "smem": plgpu.SMEM((config.tiles, TILE), jnp.float32),
-            "barrier": plgpu.ClusterBarrier(collective_axes=("block",)),
+            "barrier": cluster.barrier("block", interpret),
         },
         grid=(R,),
         grid_names=("row",),

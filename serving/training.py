@@ -50,8 +50,13 @@ def convert(
 @command(app, "generate")
 def generate(
     engine: dict[str, Any],
-    prompts: Annotated[list[Path], typer.Argument(help="JSON lines with prompts.")],
     out: Annotated[Path, typer.Option(help="File for the conversations with their answers.")],
+    prompts: Annotated[
+        list[Path] | None, typer.Argument(help="JSON lines with prompts.", show_default=False)
+    ] = None,
+    own_prompts: Annotated[
+        int, typer.Option(min=0, help="So many prompts, at most, that the model writes itself.")
+    ] = 0,
     held_back: Annotated[
         Path | None, typer.Option(help="File for those that are kept for evaluation.")
     ] = None,
@@ -65,15 +70,20 @@ def generate(
     from arctic_jax import SamplingParams
     from arctic_jax.training import generate as generation
 
-    conversations = list(generation.read_prompts(prompts))[:limit]
+    conversations = list(generation.read_prompts(prompts or []))[:limit]
+    if not (conversations or own_prompts):
+        raise typer.BadParameter("there are no prompts: give files, or --own-prompts")
+    seed = engine.get("seed", 0)
     params = SamplingParams(
         n=answers,
         temperature=temperature,
         top_p=0.95,
         max_tokens=max_tokens,
-        seed=engine.get("seed", 0),
+        seed=seed,
     )
     llm = make_llm(engine)
+    if own_prompts:
+        conversations += generation.invent_prompts(llm, own_prompts, seed)
     lines, tokens = generation.generate(llm, conversations, params, out, held_back, held_back_every)
     stderr.print(f"[dim]{lines} conversations with {tokens} generated tokens[/]")
 

@@ -7,10 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arctic_jax.llm import LLM
+import numpy as np
+
+from arctic_jax.llm import LLM, Prompt
 from arctic_jax.request import SamplingParams
 
 PROMPT_KEYS = ("messages", "prompt", "question", "text")
+WRITTEN_TOGETHER = 2048
+"""Conversations that are answered, and then written, before the next begin."""
 
 
 def read_prompts(paths: Sequence[Path]) -> Iterator[list[dict[str, str]]]:
@@ -41,6 +45,29 @@ def _conversation(line: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+def invent_prompts(llm: LLM, count: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    """Let a model write prompts, as what a user would say next (Magpie: Xu et al. 2024).
+
+    It goes on after that part of its chat template which comes before a user's words. What does not
+    end within 256 tokens is left out, and so are repetitions.
+
+    Args:
+        llm: the model; it has a chat template.
+        count: attempts; there are fewer prompts.
+        seed: of the sampling.
+    """
+    tokenizer, words = llm.get_tokenizer(), "THE USER'S WORDS"
+    asked = [{"role": "user", "content": words}]
+    before = tokenizer.apply_chat_template(asked, tokenize=False).partition(words)[0]
+    prompt: Prompt = {"prompt_token_ids": tokenizer.encode(before, add_special_tokens=False)}
+    seeds = np.random.default_rng(seed).integers(2**31, size=count).tolist()
+    params = [SamplingParams(temperature=1.0, top_p=0.95, max_tokens=256, seed=s) for s in seeds]
+    outputs = llm.generate([prompt] * count, params)
+    answers = (output.outputs[0] for output in outputs)
+    ended = (answer.text.strip() for answer in answers if answer.finish_reason == "stop")
+    return [[{"role": "user", "content": text}] for text in dict.fromkeys(ended) if text]
+
+
 def generate(
     llm: LLM,
     conversations: Sequence[Sequence[Mapping[str, str]]],
@@ -50,6 +77,8 @@ def generate(
     every: int = 50,
 ) -> tuple[int, int]:
     """Let a model answer, and write the conversations with their answers as JSON lines.
+
+    What was written is there if the rest is interrupted.
 
     Args:
         llm: the model.
@@ -64,21 +93,22 @@ def generate(
         Lines written, and tokens generated.
     """
     asked = that_fit(llm, conversations, params.max_tokens or 1)
-    outputs = llm.chat(asked, params)
-    files = {True: held_back or out, False: out}
-    lines: dict[Path, list[str]] = {path: [] for path in files.values()}
-    tokens = 0
-    for i, (messages, output) in enumerate(zip(asked, outputs, strict=True)):
-        is_held_back = i % every == every - 1
-        for answer in output.outputs:
-            tokens += len(answer.token_ids)
-            whole = [*messages, {"role": "assistant", "content": answer.text}]
-            line = json.dumps({"messages": whole}, ensure_ascii=False)
-            lines[files[is_held_back]].append(line + "\n")
-    for path, written in lines.items():
+    paths = {True: held_back or out, False: out}
+    for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(written), "utf-8")
-    return sum(map(len, lines.values())), tokens
+        path.write_text("")
+    lines = tokens = 0
+    for begin in range(0, len(asked), WRITTEN_TOGETHER):
+        some = asked[begin : begin + WRITTEN_TOGETHER]
+        for i, (messages, output) in enumerate(
+            zip(some, llm.chat(some, params), strict=True), begin
+        ):
+            with paths[i % every == every - 1].open("a", encoding="utf-8") as file:
+                for answer in output.outputs:
+                    whole = [*messages, {"role": "assistant", "content": answer.text}]
+                    file.write(json.dumps({"messages": whole}, ensure_ascii=False) + "\n")
+                    lines, tokens = lines + 1, tokens + len(answer.token_ids)
+    return lines, tokens
 
 
 def that_fit(

@@ -3,8 +3,8 @@
 One token's product only streams the weights through, so all that happens between two products is
 time in which the memory system rests. Here the first weights are on their way before the norm is
 begun, which every thread block does for itself; then each multiplies rows of the weight, those of
-the next step always under way. With more tokens the kernel of `add_rms_norm` goes before XLA's
-product.
+the next step always under way. With more tokens the kernel of `add_rms_norm` goes before the
+product of `linear`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from arctic_jax.pallas_kernels.add_rms_norm import mosaic_gpu as norm
-from arctic_jax.pallas_kernels.norm_linear import reference
+from arctic_jax.pallas_kernels.linear import linear
 
 BLOCKS = 2 * 132  # two thread blocks a multiprocessor
 STEP = 16384  # elements of the weight that a thread block multiplies at once
@@ -67,7 +67,7 @@ def norm_linear(
     rows = rows_of_step(K, F, parts)
     if tokens > 1 or bias is not None or weight.dtype.itemsize != 2 or not rows:
         x, normed = norm.add_rms_norm(x, delta, norm_weight, epsilon, interpret)
-        return x, reference.linear(normed, weight, bias, gated)
+        return x, linear(normed, weight, bias, gated=gated)
     return plgpu.kernel(
         functools.partial(_body, rows=rows, epsilon=epsilon),
         out_type=[

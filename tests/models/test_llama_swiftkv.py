@@ -25,7 +25,7 @@ from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.models.llama_swiftkv import LlamaSwiftKVForCausalLM
 from arctic_jax.models.registry import model_class
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
-from arctic_jax.pallas_kernels.norm_linear.reference import linear
+from arctic_jax.pallas_kernels.linear import linear
 
 LLAMA31 = {
     "rope_type": "llama3",

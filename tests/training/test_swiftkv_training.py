@@ -445,7 +445,9 @@ def test_learning_rates(schedule: Any, last: float) -> None:
     assert values[100] == pytest.approx(last, abs=1e-6)
 
 
-def test_a_model_writes_its_own_text(base: Path, tmp_path: Path) -> None:
+def test_a_model_writes_its_own_text(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         '{"question": "one?", "answer": "1"}\n{"turns": ["two?", "three?"]}\n{"prompt": "four?"}\n'
@@ -462,6 +464,25 @@ def test_a_model_writes_its_own_text(base: Path, tmp_path: Path) -> None:
     assert [m[0]["content"] for m in written] == ["one?", "one?", "two?", "two?"]
     assert all(m[-1]["role"] == "assistant" for m in written)
     assert len(held_back.read_text().splitlines()) == 2
+
+    invented = generate.invent_prompts(llm, 6, seed=1)
+    assert 1 <= len(invented) <= 6
+    assert all(text["role"] == "user" and text["content"] for (text,) in invented)
+    assert generate.invent_prompts(llm, 6, seed=1) == invented
+
+    monkeypatch.setattr(generate, "WRITTEN_TOGETHER", 2)
+    chat, calls = llm.chat, iter([None, KeyboardInterrupt])
+
+    def interrupted_later(*arguments: Any) -> Any:
+        if error := next(calls):
+            raise error
+        return chat(*arguments)
+
+    monkeypatch.setattr(llm, "chat", interrupted_later)
+    with pytest.raises(KeyboardInterrupt):
+        generate.generate(llm, conversations, params, out, held_back, every=3)
+    kept = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
+    assert [m[0]["content"] for m in kept] == ["one?", "one?", "two?", "two?"]
 
 
 def test_gsm8k_counts_right_answers(base: Path, tmp_path: Path) -> None:

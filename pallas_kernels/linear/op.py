@@ -1,0 +1,73 @@
+"""Product with a weight: the public function, its argument checks and its dispatch."""
+
+from jax import Array
+from jaxtyping import Float
+
+from arctic_jax.pallas_kernels import dispatch
+from arctic_jax.pallas_kernels.linear import mosaic_gpu, reference
+
+
+def linear(
+    x: Float[Array, "T K"],
+    weight: Float[Array, "... K"],
+    bias: Float[Array, "..."] | None = None,
+    *,
+    gated: bool = False,
+    inputs_first: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "T N"]:
+    """Multiply tokens by a weight.
+
+    Gated, the weight is `[shards, 2, F, K]`, a gate and an up projection each, and the result is
+    `silu(gate) * up` (SwiGLU: Shazeer 2020). The result has the dtype of `x`; `"mosaic_gpu"` keeps
+    float32 up to there, `"xla"` rounds before the bias and the gate. T or any dimension of the
+    weight but K (and the 2) may be split over devices.
+
+    Args:
+        x: the tokens.
+        weight: one row an output.
+        bias: added to the product, in the shape of the weight without K.
+        gated: whether the weight is a SwiGLU pair.
+        inputs_first: the weight is `[K, N]`, one row an input.
+        implementation: see `dispatch.resolve`.
+
+    Returns:
+        The product with its N outputs in the order of the weight's.
+
+    Raises:
+        ValueError: shapes do not fit each other; the values are in the message.
+    """
+    size, outputs = weight.shape[-1], weight.shape[:-1]
+    if inputs_first:
+        if weight.ndim != 2 or gated:
+            raise ValueError(f"inputs_first takes [K, N] without a gate: {weight.shape=}, {gated=}")
+        size, outputs = weight.shape[0], weight.shape[1:]
+    if x.ndim != 2 or x.shape[1] != size:
+        raise ValueError(f"{x.shape=} does not fit {weight.shape=}, {inputs_first=}")
+    if bias is not None and bias.shape != outputs:
+        raise ValueError(f"{bias.shape=} does not fit {weight.shape=}, {inputs_first=}")
+    if gated and (weight.ndim != 4 or weight.shape[1] != 2):
+        raise ValueError(f"{weight.shape=} is not [shards, 2, F, K]")
+    arguments = x, weight, bias, gated, inputs_first
+    # Until the kernel is measured against it on an H200.
+    chosen = dispatch.resolve("linear", implementation, "xla")
+    if chosen == "xla":
+        return reference.linear(*arguments)
+    if reason := mosaic_gpu_unsupported(*arguments):
+        raise ValueError(f"linear: implementation='mosaic_gpu' cannot do this: {reason}")
+    return mosaic_gpu.linear(*arguments, interpret=dispatch.interpreter())
+
+
+def mosaic_gpu_unsupported(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    gated: bool = False,
+    inputs_first: bool = False,
+    **_: object,
+) -> str | None:
+    """Return why `"mosaic_gpu"` does not take these arguments of `linear`, or `None`.
+
+    Only shapes and dtypes are looked at.
+    """
+    return mosaic_gpu.unsupported(x, weight, bias, gated, inputs_first)

@@ -1,0 +1,97 @@
+"""The sizes of the `linear` kernel: clusters, several warpgroups, stages that are used again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arctic_jax.pallas_kernels import dispatch
+from arctic_jax.pallas_kernels.linear import cases, linear, mosaic_gpu
+from arctic_jax.pallas_kernels.linear.mosaic_gpu import Config, Problem
+
+# Steps are more than stages, and neither they nor the tokens are divided by the splits.
+CONFIGS = {
+    "split_multicast": (
+        cases.Case("", frozenset(), 48, (256, 448)),
+        Config(128, 64, 2, splits=2, multicast=2),
+    ),
+    "gated_warpgroups": (
+        cases.Case("", frozenset(), 16, (1, 2, 128, 384), gated=True),
+        Config(128, 128, 2, warpgroups=2),
+    ),
+    "inputs_first_warpgroups_split": (
+        cases.Case("", frozenset(), 8, (448, 128), inputs_first=True),
+        Config(128, 64, 2, splits=3, warpgroups=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_do_not_change_the_product(name, capsys):
+    case, config = CONFIGS[name]
+    arguments, keywords = cases.inputs(case)
+    with dispatch.interpret(detect_races=True):
+        out = mosaic_gpu.linear(
+            *arguments, None, **keywords, config=config, interpret=dispatch.interpreter()
+        )
+        out = np.asarray(out).astype(np.float64)
+    want = cases.expected(case, arguments, keywords)
+    assert (np.abs(out - want) / (1 + np.abs(want))).max() < cases.TOLERANCE["bfloat16"]
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_lower_for_cuda(name):
+    case, config = CONFIGS[name]
+    arguments, keywords = cases.inputs(case)
+    call = functools.partial(mosaic_gpu.linear, bias=None, **keywords, config=config)
+    lowered = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def problem(tokens: int, product: str, model: str = "llama_8b") -> Problem:
+    case = cases.Case("", frozenset(), tokens, **cases.LAYERS[model][product])
+    x, weight = jax.eval_shape(lambda: cases.inputs(case)[0])
+    return Problem.of(x, weight, case.gated, case.inputs_first)
+
+
+@pytest.mark.parametrize("model", cases.LAYERS)
+@pytest.mark.parametrize("tokens", [2, 16, 64, 128])
+def test_products_of_real_layers_have_sizes(model, tokens):
+    for product in cases.LAYERS[model]:
+        sizes = problem(tokens, product, model)
+        config = mosaic_gpu.choose_config(sizes)
+        assert config is not None
+        assert sizes.refuses(config) is None
+        assert 2 * (sizes.smem_bytes(config) + 1024) <= mosaic_gpu.SMEM_BYTES  # two thread blocks
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    sizes = problem(120, "gate_up")
+    for config, reason in (
+        (Config(96 * 64, 64, 2), "not divided"),
+        (Config(64, 64, 2, multicast=3), "not divided"),
+        (Config(64, 64, 2, multicast=8), "copies"),
+        (Config(64, 256, 4), "shared memory"),
+        (Config(256, 64, 2), "registers"),
+    ):
+        assert reason in (sizes.refuses(config) or "")
+    for bad in ({"outputs": 96}, {"depth": 32}, {"stages": 1}, {"splits": 9}, {"warpgroups": 2}):
+        with pytest.raises(ValueError, match=f"self.{next(iter(bad))}"):
+            Config(**{"outputs": 64, "depth": 64, "stages": 2} | bad)
+
+
+def test_arguments_that_do_not_fit_are_errors():
+    x, weight = jnp.zeros((4, 64)), jnp.zeros((32, 64))
+    for arguments, keywords, message in (
+        ((x, weight.T), {}, r"x.shape=\(4, 64\)"),
+        ((x, weight), {"inputs_first": True}, "inputs_first=True"),
+        ((x, weight, x[0]), {}, r"bias.shape=\(64,\)"),
+        ((x, weight), {"gated": True}, r"\[shards, 2, F, K\]"),
+        ((x, weight[None, None]), {"inputs_first": True}, "without a gate"),
+        ((x, weight), {"implementation": "mosaic_gpu"}, "mosaic_gpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear(*arguments, **keywords)
