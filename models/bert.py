@@ -111,11 +111,12 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
         self.implementation = implementation
 
-    def __call__(self, x: Array, delta: Array) -> Array:
-        """Normalise the sum of two arrays `[T, size]`."""
+    def __call__(self, x: Array, delta: Array, delta_bias: Array) -> Array:
+        """Normalise the sum of two arrays `[T, size]` and one `[size]`."""
         return add_layer_norm(
             x,
             delta,
+            delta_bias,
             self.weight[...],
             self.bias[...],
             epsilon=self.epsilon,
@@ -124,7 +125,7 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`x @ weight + bias`, the weight `[in, out]`: on CPUs the faster order for few tokens."""
+    """A product, its weight `[in, out]`: on CPUs the faster order for few tokens; and a bias."""
 
     def __init__(self, in_size: int, out_size: int) -> None:
         self.weight = parameter(in_size, out_size)
@@ -132,7 +133,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """`[T, in]` to `[T, out]`."""
-        return x @ self.weight[...] + self.bias[...]
+        return self.product(x) + self.bias[...]
+
+    def product(self, x: Array) -> Array:
+        """`[T, in]` to `[T, out]` for a caller who adds the bias."""
+        return x @ self.weight[...]
 
 
 class EncoderLayer(nnx.Module):
@@ -161,8 +166,10 @@ class EncoderLayer(nnx.Module):
             scale=(hidden // self.num_heads) ** -0.5,
             implementation=self.implementation,
         )
-        x = self.attention_norm(x, self.output(attended.reshape(tokens, hidden)))
-        return self.mlp_norm(x, self.down(self.activation(self.up(x))))
+        projected = self.output.product(attended.reshape(tokens, hidden))
+        x = self.attention_norm(x, projected, self.output.bias[...])
+        widened = self.activation(self.up(x))
+        return self.mlp_norm(x, self.down.product(widened), self.down.bias[...])
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.
@@ -199,9 +206,8 @@ class BertModel(nnx.Module):
             window: tokens of a window, see `EncoderBucket`.
         """
         positions = batch.positions + self.config.position_offset
-        words = self.words[...][batch.token_ids]
-        # A text alone is all of the first type.
-        x = self.norm(words, self.positions[...][positions] + self.types[...][0])
+        words, places = self.words[...][batch.token_ids], self.positions[...][positions]
+        x = self.norm(words, places, self.types[...][0])  # a text alone is all of the first type
         for layer in self.layers:
             x = _run_layer(layer, x, batch.segment_ids, window=window)
         return x

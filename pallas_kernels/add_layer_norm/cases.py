@@ -44,20 +44,20 @@ CASES = (
 def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tuple, dict]:
     """Return the arguments of `op.add_layer_norm`; all of them are read, so nothing is poisoned."""
     del poison
-    keys = jax.random.split(jax.random.key(seed), 4)
+    keys = jax.random.split(jax.random.key(seed), 5)
     dtype, shape = jnp.dtype(case.dtype), (case.tokens, case.hidden)
     x = 2 * jax.random.normal(keys[0], shape, dtype) + 3
     delta = jax.random.normal(keys[1], shape, dtype)
     weight = jax.random.uniform(keys[2], shape[1:], dtype, 0.5, 1.5)
-    bias = jax.random.normal(keys[3], shape[1:], dtype)
-    return (x, delta, weight, bias), {"epsilon": 1e-5}
+    bias, delta_bias = (jax.random.normal(key, shape[1:], dtype) for key in keys[3:])
+    return (x, delta, delta_bias, weight, bias), {"epsilon": 1e-5}
 
 
 def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
     """Return the normalised sum in float64."""
     del case
-    x, delta, weight, bias = (np.asarray(a).astype(np.float64) for a in arguments)
-    x = x + delta
+    x, delta, delta_bias, weight, bias = (np.asarray(a).astype(np.float64) for a in arguments)
+    x = x + delta + delta_bias
     x = x - x.mean(axis=1, keepdims=True)
     deviation = np.sqrt((x * x).mean(axis=1, keepdims=True) + keywords["epsilon"])
     return x / deviation * weight + bias
@@ -79,5 +79,5 @@ def following(arguments: tuple, output: jax.Array) -> tuple:
 
 def cost(case: Case) -> tuple[float, float]:
     """Return the bytes that must be moved (two arrays in, one out) and 0 operations."""
-    elements = 3 * case.tokens * case.hidden + 2 * case.hidden
+    elements = 3 * case.tokens * case.hidden + 3 * case.hidden
     return elements * jnp.dtype(case.dtype).itemsize, 0.0

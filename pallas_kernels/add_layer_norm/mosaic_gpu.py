@@ -43,6 +43,7 @@ def unsupported(x: jax.ShapeDtypeStruct, *others: jax.ShapeDtypeStruct) -> str |
 def add_layer_norm(
     x: Array,
     delta: Array,
+    delta_bias: Array,
     weight: Array,
     bias: Array,
     epsilon: float,
@@ -60,12 +61,13 @@ def add_layer_norm(
         ),
         interpret=interpret,
         kernel_name="add_layer_norm",
-    )(x, delta, weight, bias)
+    )(x, delta, delta_bias, weight, bias)
 
 
 def _body(
     x_gmem,  # [T, d]
     delta_gmem,  # [T, d]
+    delta_bias_gmem,  # [d]
     weight_gmem,  # [d]
     bias_gmem,  # [d]
     out_gmem,  # [T, d]
@@ -83,8 +85,10 @@ def _body(
     def spread(values, dimension):
         return plgpu.layout_cast(lax.broadcast_in_dim(values, shape, [dimension]), layout)
 
-    x = load(x_gmem.at[rows], layout) + load(delta_gmem.at[rows], layout)
-    weight, bias = (load(gmem, layout.reduce(0)) for gmem in (weight_gmem, bias_gmem))
+    delta_bias, weight, bias = (
+        load(gmem, layout.reduce(0)) for gmem in (delta_bias_gmem, weight_gmem, bias_gmem)
+    )
+    x = load(x_gmem.at[rows], layout) + load(delta_gmem.at[rows], layout) + spread(delta_bias, 1)
     centred = x - spread(x.sum(axis=1) / d, 0)
     scale = lax.rsqrt((centred * centred).sum(axis=1) / d + epsilon)
     out_gmem[rows] = (centred * spread(scale, 0) * spread(weight, 1) + spread(bias, 1)).astype(

@@ -13,7 +13,9 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
     return centred * jax.lax.rsqrt(variance + epsilon) * weight + bias
 
 
-def add_layer_norm(x: Array, delta: Array, weight: Array, bias: Array, epsilon: float) -> Array:
+def add_layer_norm(
+    x: Array, delta: Array, delta_bias: Array, weight: Array, bias: Array, epsilon: float
+) -> Array:
     """See `op.add_layer_norm`."""
-    total = x.astype(jnp.float32) + delta.astype(jnp.float32)
+    total = x.astype(jnp.float32) + delta.astype(jnp.float32) + delta_bias.astype(jnp.float32)
     return layer_norm(total, weight, bias, epsilon).astype(x.dtype)

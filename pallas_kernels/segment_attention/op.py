@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.segment_attention import mosaic_gpu, reference
 
-PREFERRED = "xla"
-"""On an H200, where both run."""
+PREFERRED = "mosaic_gpu"
+"""On an H200, where both run: 4 to 12 times as fast."""
 
 
 def segment_attention(

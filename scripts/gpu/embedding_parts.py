@@ -122,8 +122,10 @@ def products(T: int) -> list[Part]:
 def norms(T: int) -> list[Part]:
     """Return residual addition and LayerNorm, with the variance in two passes and in one."""
 
-    def norm(x: Array, delta: Array, weight: Array, bias: Array, one_pass: bool) -> Array:
-        wide = (x + delta).astype(jnp.float32)
+    def norm(
+        x: Array, delta: Array, delta_bias: Array, weight: Array, bias: Array, one_pass: bool
+    ) -> Array:
+        wide = (x + delta + delta_bias).astype(jnp.float32)
         mean = wide.mean(-1, keepdims=True)
         if one_pass:
             variance = (wide * wide).mean(-1, keepdims=True) - mean * mean
@@ -132,7 +134,7 @@ def norms(T: int) -> list[Part]:
         normed = (wide - mean) * jax.lax.rsqrt(variance + 1e-12)
         return (normed * weight + bias).astype(x.dtype)
 
-    operands = normal(0, T, HIDDEN), normal(1, T, HIDDEN), normal(2, HIDDEN), normal(3, HIDDEN)
+    operands = normal(0, T, HIDDEN), normal(1, T, HIDDEN), *normal(2, 3, HIDDEN)
     kernel = functools.partial(layer_norm.add_layer_norm, epsilon=1e-12)
     functions = {
         "norm: two passes": functools.partial(norm, one_pass=False),
