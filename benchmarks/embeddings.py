@@ -125,7 +125,7 @@ def measure(llm: LLM, length: int, count: int, repeats: int) -> dict[str, Any]:
         packer.add((i, len(sequence)) for i, sequence in enumerate(ids))
         while plan := packer.take(rest=True):
             windows = [[ids[i] for i in window] for window in plan.windows]
-            batches.append((pack(windows, plan.bucket), plan.bucket))
+            batches.append((pack(windows, plan.bucket), plan.bucket, len(plan.lengths)))
         return batches
 
     staging, batches = best(repeats, stage)
@@ -138,7 +138,7 @@ def measure(llm: LLM, length: int, count: int, repeats: int) -> dict[str, Any]:
         "length": length or "mixed",
         "texts": count,
         "tokens": tokens,
-        "padding": 1 - tokens / sum(bucket.num_tokens for _, bucket in batches),
+        "padding": 1 - tokens / sum(bucket.num_tokens for _, bucket, _ in batches),
         "tokens_per_second": tokens / whole * 1e3,
         "milliseconds": {
             "whole": whole,
@@ -150,8 +150,42 @@ def measure(llm: LLM, length: int, count: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def parts_of_latency(embedder: Embedder, texts: list[str]) -> dict[str, float]:
+    """Return the median milliseconds of what happens to a lone text, step by step.
+
+    Launch is the host's part of starting the programs, read what passes from then until the row is
+    there; device is what a batch costs when many are launched one after another.
+    """
+    runner, found = embedder.runner, []
+    ids: Any
+    batch: Any = ()
+    for text in texts:
+        clock = [time.perf_counter()]
+        (ids,) = embedder.text_encoder.encode([text])
+        clock.append(time.perf_counter())
+        packer = Packer(runner.ladder)
+        packer.add([(0, len(ids))])
+        plan = packer.take(rest=True)
+        assert plan is not None
+        batch = pack([[ids]], plan.bucket), plan.bucket, 1
+        clock.append(time.perf_counter())
+        vectors = runner.launch_packed(*batch)
+        clock.append(time.perf_counter())
+        np.asarray(vectors)
+        clock.append(time.perf_counter())
+        found.append(np.diff(clock) * 1e3)
+    medians = np.median(found, axis=0).tolist()
+    parts = dict(zip(("tokenize", "stage", "launch", "read"), medians, strict=True))
+    many = range(30)
+    device, _ = best(3, lambda: jax.block_until_ready([runner.launch_packed(*batch) for _ in many]))
+    return parts | {"device": device / len(many)}
+
+
 async def latencies(embedder: Embedder, lengths: list[int], count: int) -> list[dict[str, Any]]:
-    """Time texts that are embedded one at a time through the engine for event loops."""
+    """Time texts that are embedded one at a time through the engine for event loops.
+
+    Its parts are timed without the engine: what is left of the whole is handing over.
+    """
     engine, rows = EmbeddingEngine(embedder=embedder), []
     for length in lengths:
         found = []
@@ -160,8 +194,11 @@ async def latencies(embedder: Embedder, lengths: list[int], count: int) -> list[
             await engine.embed(text)
             found.append((time.perf_counter() - start) * 1e3)
         median, p99 = (float(np.percentile(found[20:], q)) for q in (50, 99))
+        parts = parts_of_latency(embedder, texts_of(length, count, embedder.runner.max_length))
         rows.append({"length": length, "texts": count, "median_ms": median, "p99_ms": p99})
+        rows[-1]["parts_ms"] = parts
         print(f"one text of {length} tokens at a time: {median:.2f} ms, 99 % within {p99:.2f}")
+        print("  ".join(f"{name} {ms:.3f}" for name, ms in parts.items()), flush=True)
     engine.shutdown()
     return rows
 

@@ -14,7 +14,6 @@ import itertools
 import logging
 import queue
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -69,8 +68,6 @@ class EmbeddingEngine:
         model: see `LLM`.
         max_waiting: parts of requests (of up to 256 texts) in the engine; further ones wait outside
             until there is room.
-        max_delay: seconds that the first of the requests waits for others to share its batch, while
-            the device has nothing to do.
         progress: see `LLM`.
         embedder: one that exists already, instead of `model` and `options`.
         options: see `LLM`.
@@ -81,20 +78,19 @@ class EmbeddingEngine:
         model: str = "minilm-l6",
         *,
         max_waiting: int = 1024,
-        max_delay: float = 0.0002,
         progress: bool = False,
         embedder: Embedder | None = None,
         **options: Any,
     ) -> None:
-        if max_waiting < 1 or max_delay < 0:
-            raise ValueError(f"{max_waiting=} must be at least 1, {max_delay=} not negative")
+        if max_waiting < 1:
+            raise ValueError(f"{max_waiting=} must be at least 1")
         if embedder is None:
             with bars(progress) as report:
                 embedder = Embedder(EngineConfig.from_keywords(model=str(model), **options), report)
         self.embedder = embedder
         self._room = asyncio.Semaphore(max_waiting)
-        self._max_delay = max_delay
-        self._inbox: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
+        self._arrived: list[_Part] = []  # in this turn of the event loop, which alone touches it
+        self._inbox: queue.SimpleQueue[list[_Part] | None] = queue.SimpleQueue()
         self._encoded: queue.Queue[list[tuple[_Part, list[Encoded]]] | None] = queue.Queue(1)
         self._parts: set[_Part] = set()  # all that are in the engine; under the lock
         self._lock = threading.Lock()
@@ -136,12 +132,7 @@ class EmbeddingEngine:
         ]
         if not parts:
             return np.empty((0, dimensions), np.float32), 0
-        tasks = [asyncio.ensure_future(self._embed_part(part)) for part in parts]
-        try:
-            rows = np.concatenate(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:  # one part has failed, or the caller was cancelled
-                task.cancel()
+        rows = await self._embed_parts(parts)
         num_tokens = sum(sum(part.lengths.values()) for part in parts)
         return self.embedder.shorten(rows, dimensions), num_tokens
 
@@ -169,18 +160,43 @@ class EmbeddingEngine:
         for thread in self._threads:
             thread.join()
 
+    async def _embed_parts(self, parts: Sequence[_Part]) -> np.ndarray:
+        if len(parts) == 1:  # a task costs a turn of the event loop
+            return await self._embed_part(parts[0])
+        tasks = [asyncio.ensure_future(self._embed_part(part)) for part in parts]
+        try:
+            return np.concatenate(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # one part has failed, or the caller was cancelled
+                task.cancel()
+
     async def _embed_part(self, part: _Part) -> np.ndarray:
         async with self._room:
             with self._lock:
                 if self._death is not None:
                     raise EngineDeadError(str(self._death)) from self._death
                 self._parts.add(part)
-            self._inbox.put(part)
+            if not self._arrived:
+                asyncio.get_running_loop().call_soon(self._hand_over)
+            self._arrived.append(part)
             try:
                 return await asyncio.wrap_future(part.done)
             finally:
                 with self._lock:
                     self._parts.discard(part)
+
+    def _hand_over(self) -> None:
+        """Give what arrived in one turn of the event loop to the first thread, together."""
+        together, count = [], 0
+        for part in self._arrived:
+            together.append(part)
+            count += len(part.texts)
+            if count >= MAX_COLLECTED:
+                self._inbox.put(together)
+                together, count = [], 0
+        if together:
+            self._inbox.put(together)
+        self._arrived = []
 
     def _guarded(self, run: Any) -> None:
         """Run a thread's loop; whatever ends it ends the engine."""
@@ -224,18 +240,15 @@ class EmbeddingEngine:
                 return
 
     def _collect(self) -> list[_Part] | None:
-        """Wait for a part, and shortly for more; `None` when it is time to stop."""
-        part = self._inbox.get()
-        deadline = time.monotonic() + self._max_delay
+        """Wait for parts and take what else is there; `None` when it is time to stop."""
+        arrived = self._inbox.get()
         parts: list[_Part] = []
-        count = 0
-        while part is not None:
-            parts.append(part)
-            count += len(part.texts)
-            if count >= MAX_COLLECTED:
+        while arrived is not None:
+            parts += arrived
+            if sum(len(part.texts) for part in parts) >= MAX_COLLECTED:
                 return parts
             try:
-                part = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+                arrived = self._inbox.get_nowait()
             except queue.Empty:
                 return parts
         return None

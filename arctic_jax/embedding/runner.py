@@ -24,6 +24,7 @@ from arctic_jax import weights
 from arctic_jax.config import LoadConfig
 from arctic_jax.embedding.packing import bucket_ladder
 from arctic_jax.embedding.pooling import normalize, pool
+from arctic_jax.embedding.row_copies import RowCopies
 from arctic_jax.embedding.settings import EmbeddingSettings
 from arctic_jax.encoder_batch import EncoderBucket, pack, unpack
 from arctic_jax.engine import program_store
@@ -98,20 +99,22 @@ class EncoderRunner:
             (load.implementation, dispatch.interpreter(), self.dtype),
         )
         self._programs = self._compile(report)
+        self._copies = None
+        if platform != "cpu":  # the host reads a CPU's memory
+            self._copies = RowCopies(self.ladder, self.mesh, self.dimension)
         self._warm_up()
 
     def launch(self, windows: Sequence[Sequence[Sequence[int]]], bucket: EncoderBucket) -> Array:
-        """Start a batch of token ids; return its vectors `[S, dimension]`, still on their way.
+        """Start a batch of token ids; return its vectors `[.., dimension]`, still on their way.
 
         Row by row they are those of the sequences in their order; the rest is meaningless.
         """
-        return self.launch_packed(pack(windows, bucket), bucket)
+        return self.launch_packed(pack(windows, bucket), bucket, sum(map(len, windows)))
 
-    def launch_packed(self, packed: np.ndarray, bucket: EncoderBucket) -> Array:
-        """Start a batch that `pack` has packed."""
+    def launch_packed(self, packed: np.ndarray, bucket: EncoderBucket, count: int) -> Array:
+        """Start a batch of `count` sequences that `pack` has packed."""
         vectors = self._programs[bucket](self._leaves, packed)
-        vectors.copy_to_host_async()
-        return vectors
+        return self._copies.start(vectors, bucket, count) if self._copies else vectors
 
     def program_text(self, bucket: EncoderBucket) -> str:
         """Return what XLA made of a batch's program."""

@@ -1,6 +1,6 @@
 """Where the time of a full batch of texts goes on the GPU: microseconds a layer, by kernel.
 
-    python scripts/gpu/embedding_trace.py --implementations xla mosaic_gpu --out DIR
+    python scripts/gpu/embedding_trace.py --tokenizer DIR --implementations xla mosaic_gpu --out DIR
 
 A dummy model's batches of random token ids are profiled, with attention by each implementation.
 The programs that XLA made of them are written beside the figures.
@@ -29,6 +29,7 @@ LAUNCHES = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="benchmarks/configs/arctic-embed-m")
+    parser.add_argument("--tokenizer", required=True, help="for random weights")
     parser.add_argument("--implementations", nargs="+", default=["xla", "mosaic_gpu"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 512])
     parser.add_argument("--max-num-batched-tokens", type=int)
@@ -40,6 +41,7 @@ def main() -> None:
         runner = LLM(
             arguments.model,
             load_format="dummy",
+            tokenizer=arguments.tokenizer,
             implementation=implementation,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
         ).embedder.runner
@@ -67,7 +69,7 @@ def measure(runner: EncoderRunner, length: int, folder: Path) -> dict[str, Any]:
     """Time and profile a batch."""
     packed, bucket, tokens = full_batch(runner, length)
     launch = lambda count: jax.block_until_ready(
-        [runner.launch_packed(packed, bucket) for _ in range(count)]
+        [runner.launch_packed(packed, bucket, tokens // length) for _ in range(count)]
     )
     launch(LAUNCHES)
     start = time.perf_counter()

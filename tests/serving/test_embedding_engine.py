@@ -72,6 +72,17 @@ def test_many_small_requests_share_batches(embedder, monkeypatch) -> None:
     assert len(gate.plans) < 40
 
 
+def test_requests_of_one_turn_of_the_event_loop_are_one_batch(embedder, monkeypatch) -> None:
+    gate = Gate(embedder, monkeypatch)
+    gate.open.set()
+
+    async def scenario(engine: EmbeddingEngine) -> None:
+        await asyncio.gather(*(engine.embed(f"text {i}") for i in range(5)))
+
+    run(embedder, scenario)
+    assert gate.plans == [5]
+
+
 def test_a_large_request_keeps_its_order(embedder) -> None:
     texts = ["x" * (i % 120) + str(i) for i in range(700)]
 
