@@ -3,7 +3,8 @@
 #
 #   scripts/gpu/bench_embeddings.sh TOKENIZER [OUT]
 #
-# SHORT=1: only from strings to rows, by the default implementation, in less than a minute.
+# SHORT=1: only from strings to rows, in about a minute: by the default implementation, by every kernel
+# that there is, and with smaller batches.
 # TOKENIZER is a folder with BERT's tokenizer.json, such as that of all-MiniLM-L6-v2; the weights of
 # arctic-embed-m's shape are random. JSON goes to OUT; tables are printed.
 set -uo pipefail
@@ -27,10 +28,13 @@ strings_to_rows() { # name of the result, then options
 
 if [ -n "${SHORT:-}" ]; then
     strings_to_rows arctic-embed-m --lengths 50 512 0 --tokens 1000000 --latency 200
+    strings_to_rows arctic-embed-m_mosaic_gpu --lengths 50 --tokens 1000000 \
+        --implementation mosaic_gpu
+    strings_to_rows arctic-embed-m_16k --lengths 50 --tokens 1000000 --max-num-batched-tokens 16384
     exit
 fi
 step "kernels"
-for kernel in segment_attention add_layer_norm; do
+for kernel in segment_attention add_layer_norm bias_gelu; do
     timeout 60 "$python" benchmarks/kernels.py --filter $kernel --out "$out/$kernel.json" 2>&1
 done
 step "parts of a layer"
