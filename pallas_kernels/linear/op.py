@@ -65,8 +65,8 @@ def measured_faster(x: Array, weight: Array) -> bool:
     """Return whether `"mosaic_gpu"` was measured faster for such sizes on an H200.
 
     With 64 tokens it took 4 to 15 % less time in all four products of Llama-3.1-8B, the smallest of
-    them 32 MiB of weight; with 16 tokens it gained nothing. Other sizes have not been measured; fewer than 64 that
-    need more than 32 columns of a wgmma are no more work for it.
+    them 32 MiB of weight; with 16 tokens it gained nothing. Other sizes have not been measured;
+    33 to 63 tokens are less work for it than 64.
     """
     return 32 < x.shape[0] <= 64 and math.prod(weight.shape) * weight.dtype.itemsize >= 2**25
 
