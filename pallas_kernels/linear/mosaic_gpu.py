@@ -156,6 +156,8 @@ def choose_config(problem: Problem) -> Config | None:
     tile reads all the tokens, of which 64 are as much as its weight; so where no tile is shared,
     the blocks of four SMs get them by one copy.
     """
+    if problem.outputs % ROWS:
+        return None
     tiles = problem.shards * problem.outputs // ROWS
     for depth in (128, 64):
         splits = max(
