@@ -6,6 +6,7 @@ imported inside the commands, so that `--help` answers at once.
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import signal
 import sys
@@ -44,6 +45,7 @@ command(app, "serve")(serve.serve)
 
 def main() -> None:
     """Run the command line."""
+    faulthandler.enable()  # a crash in compiled code says where it was
     show_log()
     app()
 

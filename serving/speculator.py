@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from arctic_jax.serving import training
+from arctic_jax.serving import environment, training
 from arctic_jax.serving.options import command, make_llm, stderr, stdout
 from arctic_jax.serving.training_progress import training_bars
 
@@ -105,5 +105,6 @@ def evaluate(
     }
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        report = results | {"environment": environment.record()}
+        out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     stdout.print_json(json.dumps(results))

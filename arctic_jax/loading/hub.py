@@ -118,11 +118,13 @@ EMBEDDING_MODEL = "minilm-l6"
 PACKAGED_MODEL = f"{DEFAULT_MODEL}-q4_1"
 """The packaged weights and no others, whatever the hub has: what exact tests compare with."""
 SWIFTKV_MODEL = f"{DEFAULT_MODEL}-swiftkv"
+SPECULATOR = f"{DEFAULT_MODEL}-speculator"
 _ASSETS = Path(__file__).parents[1] / "assets"
 ALIASES = {
     DEFAULT_MODEL: f"{SMOLLM2.repo_id}: cache, hub, or its package {SMOLLM2.requirement}",
     PACKAGED_MODEL: f"the Q4_1 weights of the package {SMOLLM2.requirement}",
     SWIFTKV_MODEL: f"{PACKAGED_MODEL} with SwiftKV: 15 of its 30 layers for prompts",
+    SPECULATOR: f"an LSTM speculator for {DEFAULT_MODEL}, for speculative_config",
     EMBEDDING_MODEL: f"{MINILM.repo_id}: cache, hub, or its package {MINILM.requirement}",
 }
 """Names that are neither paths nor hub ids, and what they stand for."""
@@ -148,7 +150,7 @@ def resolve_model(name: str, revision: str | None = None, report: Report = silen
     if path.exists():
         return path
     key = name.lower()
-    if key == SWIFTKV_MODEL:
+    if key in (SWIFTKV_MODEL, SPECULATOR):
         return _ASSETS / key
     if key == PACKAGED_MODEL:
         return _cached_or(name, SMOLLM2, report, on_hub=False)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from safetensors.numpy import load_file, save_file
 from speculation_cases import (
@@ -34,9 +35,12 @@ from tiny_speculator import (
 
 from arctic_jax.config import ModelConfig
 from arctic_jax.engine.core import EngineCore
-from arctic_jax.models.registry import model_class
+from arctic_jax.loading.hub import SPECULATOR
+from arctic_jax.loading.model_files import open_weights
+from arctic_jax.models.registry import model_class, speculator_class
 from arctic_jax.request import Request
 from arctic_jax.spec_decode.proposer import build_proposer
+from arctic_jax.training import speculator_checkpoint
 from arctic_jax.training.forward import Batch, hidden_states, logits
 
 VOCAB = CONFIG["vocab_size"]
@@ -228,3 +232,17 @@ def test_a_speculator_that_does_not_fit_is_refused(
     given = {"method": "arctic", "model": str(path)} | more
     with pytest.raises(ValueError, match=message):
         make_engine(speculative_config=given)
+
+
+def test_the_shipped_speculator_has_what_its_config_says() -> None:
+    config, checkpoint = open_weights(SPECULATOR, None, dummy=False)
+    cls = speculator_class(config)
+    speculator = nnx.eval_shape(lambda: cls(cls.config_from_hf(config), 1))
+    wanted = speculator_checkpoint.initial_values(speculator, 0)
+    wanted = speculator_checkpoint.checkpoint_tensors(speculator, wanted)
+    assert checkpoint is not None
+    assert {name: checkpoint.shape(name) for name in checkpoint} == {
+        name: tensor.shape for name, tensor in wanted.items()
+    }
+    for name in checkpoint:
+        assert np.isfinite(checkpoint.read(name).astype(np.float32)).all()
