@@ -6,6 +6,7 @@ A batch has room for many short texts and often holds few long ones: of 12 MB of
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +30,26 @@ class RowCopies:
     """
 
     def __init__(self, ladder: Iterable[EncoderBucket], mesh: Mesh, dimension: int) -> None:
-        self._programs = {
-            bucket: {
-                rows: _program(bucket, rows, mesh, dimension)
-                for rows in sorted({-(-bucket.max_segments // share) for share in SHARES})
+        with ThreadPoolExecutor() as threads:
+            jobs = {
+                (bucket, rows): threads.submit(_program, bucket, rows, mesh, dimension)
+                for bucket in ladder
+                for rows in _sizes(bucket)
             }
-            for bucket in ladder
-        }
+        self._programs = {key: job.result() for key, job in jobs.items()}
 
     def start(self, vectors: Array, bucket: EncoderBucket, count: int) -> Array:
         """Start to copy the first `count` rows of `vectors [S, dimension]`, or some more."""
-        program = next(p for rows, p in self._programs[bucket].items() if rows >= count)
-        copied = program(vectors)
+        rows = next(rows for rows in _sizes(bucket) if rows >= count)
+        copied = self._programs[bucket, rows](vectors)
         copied.copy_to_host_async()
         return copied
+
+
+def _sizes(bucket: EncoderBucket) -> list[int]:
+    """Return how many rows programs copy, the fewest first; of a lone window's few always all."""
+    shares = (1,) if bucket.num_windows == 1 else SHARES
+    return sorted({-(-bucket.max_segments // share) for share in shares})
 
 
 def _program(bucket: EncoderBucket, rows: int, mesh: Mesh, dimension: int) -> Compiled:

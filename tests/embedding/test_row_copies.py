@@ -14,8 +14,8 @@ LONE, MANY = EncoderBucket(64, 1), EncoderBucket(64, 4)
 @pytest.mark.parametrize(
     ("bucket", "count", "rows", "memory"),
     [
-        (LONE, 1, 1, "pinned_host"),
-        (LONE, 3, 8, "pinned_host"),
+        (LONE, 1, 8, "pinned_host"),
+        (MANY, 2, 2, "device"),
         (MANY, 3, 8, "device"),
         (MANY, 32, 32, "device"),
     ],
