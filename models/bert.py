@@ -17,24 +17,18 @@ from jax import Array
 
 from arctic_jax.encoder_batch import EncoderBatch
 from arctic_jax.errors import UnsupportedModelError
+from arctic_jax.models.gelu import gelu
 from arctic_jax.models.layers import parameter
 from arctic_jax.pallas_kernels.add_layer_norm import add_layer_norm
-from arctic_jax.pallas_kernels.bias_gelu import bias_gelu
 from arctic_jax.pallas_kernels.segment_attention import segment_attention
 from arctic_jax.weights import Rows, Source, Transposed
 
-
-def _of_sum(function: Callable[[Array], Array]) -> Callable[..., Array]:
-    """Return the function of a product and its bias; every implementation is the plain one."""
-    return lambda x, bias, implementation: function(x + bias)
-
-
-ACTIVATIONS: dict[str, Callable[..., Array]] = {
-    "gelu": bias_gelu,  # by the error function
-    "gelu_new": _of_sum(partial(jax.nn.gelu, approximate=True)),  # by tanh, as is the next
-    "gelu_pytorch_tanh": _of_sum(partial(jax.nn.gelu, approximate=True)),
-    "relu": _of_sum(jax.nn.relu),
-    "silu": _of_sum(jax.nn.silu),
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,  # by the error function
+    "gelu_new": partial(jax.nn.gelu, approximate=True),  # by tanh, as is the next
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
 
 
@@ -174,9 +168,7 @@ class EncoderLayer(nnx.Module):
         )
         projected = self.output.product(attended.reshape(tokens, hidden))
         x = self.attention_norm(x, projected, self.output.bias[...])
-        widened = self.activation(
-            self.up.product(x), self.up.bias[...], implementation=self.implementation
-        )
+        widened = self.activation(self.up(x))
         return self.mlp_norm(x, self.down.product(widened), self.down.bias[...])
 
 

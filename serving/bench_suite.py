@@ -109,6 +109,8 @@ def _parts_for_gpus(count: int) -> list[Part]:
         long = ["--max-model-len", 33000, "--stall", 32, 32768, "--repeats", 1]
         small = ["--max-model-len", 2048, "--max-num-seqs", 64, "--batches", 1, 64]
         names = ("qwen3-0.6b", "smollm2-135m")
+        embedder = ["--model", f"{CONFIGS}/arctic-embed-m", *dummy, "--tokenizer", "minilm-l6"]
+        texts = ["--lengths", 50, 512, 0, "--texts", "--tokens", 1_000_000, "--latency", 200]
         return [
             Part("offline_llama-3.1-8b", "offline", [*llama, *long, *whole]),
             *(
@@ -117,7 +119,7 @@ def _parts_for_gpus(count: int) -> list[Part]:
             ),
             Part("swiftkv", "swiftkv", [*dummy, "--repeats", 2, "--throughput", 128]),
             Part("kernels", "kernels", []),
-            Part("embeddings", "embeddings", ["--lengths", 16, 50, 128, 256, 512, 0]),
+            Part("embeddings_arctic-embed-m", "embeddings", [*embedder, *texts]),
         ]
     several = ["--max-model-len", 8448, "--repeats", 1, *whole]
     bursts = ["--seconds", 40, "--rate", 5, "--burst", 60]

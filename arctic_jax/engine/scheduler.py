@@ -83,7 +83,8 @@ class Scheduler:
         chosen: list[ScheduledRequest] = []
         tokens, rows = self.limits.max_num_batched_tokens, self.max_extra_rows
         streams = sum(r.is_streaming for r in self.running)
-        prefill = max(self.limits.max_num_mixed_tokens - streams, 1) if streams else tokens
+        mixed = self.limits.max_num_mixed_tokens
+        prefill = max(mixed - streams, mixed // 2, 1) if streams else tokens
         # Those that wait for their tokens wait for each other, too, and so share their steps.
         held_up = any(r.holds_others_up for r in self.running)
         preempted = False

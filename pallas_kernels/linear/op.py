@@ -52,7 +52,7 @@ def linear(
         raise ValueError(f"{weight.shape=} is not [shards, 2, F, K]")
     arguments = x, weight, bias, gated, inputs_first
     reason = mosaic_gpu_unsupported(*arguments)
-    preferred = "mosaic_gpu" if not reason and measured_faster(x, weight) else "xla"
+    preferred = "mosaic_gpu" if not reason and measured_faster(x, weight, gated) else "xla"
     chosen = dispatch.resolve("linear", implementation, preferred)
     if chosen == "xla":
         return reference.linear(*arguments)
@@ -61,14 +61,15 @@ def linear(
     return mosaic_gpu.linear(*arguments, interpret=dispatch.interpreter())
 
 
-def measured_faster(x: Array, weight: Array) -> bool:
+def measured_faster(x: Array, weight: Array, gated: bool) -> bool:
     """Return whether `"mosaic_gpu"` was measured faster for such sizes on an H200.
 
-    With 64 tokens it took 4 to 15 % less time in all four products of Llama-3.1-8B, the smallest of
-    them 32 MiB of weight; with 16 tokens it gained nothing. Other sizes have not been measured;
-    33 to 63 tokens are less work for it than 64.
+    With 64 and 128 tokens it took 2 to 15 % less time in the products of Llama-3.1-8B, the smallest
+    of them 32 MiB of weight, but not in the SwiGLU pair (two runs: 4 % less, 8 % more); with 16
+    tokens it gained nothing. Other sizes have not been measured.
     """
-    return 32 < x.shape[0] <= 64 and math.prod(weight.shape) * weight.dtype.itemsize >= 2**25
+    nbytes = math.prod(weight.shape) * weight.dtype.itemsize
+    return 32 < x.shape[0] <= 128 and not gated and nbytes >= 2**25
 
 
 def mosaic_gpu_unsupported(

@@ -145,6 +145,14 @@ def test_a_long_prompt_does_not_stall_streams() -> None:
     assert tokens_of(scheduler.schedule()) == {long: 6, late: 5}
 
 
+def test_many_streams_leave_half_of_a_mixed_step_to_prompts() -> None:
+    scheduler = scheduler_of(max_tokens=16, max_mixed=6, max_num_seqs=8)
+    streams = queue(scheduler, *(request_of(1, max_tokens=3) for _ in range(5)))
+    accept(scheduler, scheduler.schedule())
+    (long,) = queue(scheduler, request_of(30))
+    assert tokens_of(scheduler.schedule()) == dict.fromkeys(streams, 1) | {long: 3}
+
+
 def test_steps_are_full_while_nobody_looks_on() -> None:
     scheduler = scheduler_of(max_tokens=16, max_mixed=6)
     (a,) = queue(scheduler, request_of(3, output_kind=RequestOutputKind.FINAL_ONLY))

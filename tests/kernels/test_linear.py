@@ -90,17 +90,20 @@ def test_sizes_are_those_measured_fast(product, fast):
         (64, (4096, 4096), True),
         (33, (4096, 4096), True),
         (64, (4096, 4032), False),  # less than 32 MiB
-        (65, (4096, 4096), False),
+        (128, (4096, 4096), True),
+        (129, (4096, 4096), False),
+        (64, (1, 2, 4096, 4096), False),  # a SwiGLU pair
         (32, (4096, 4096), False),
         (64, (4097, 4096), False),  # tiles of 64 do not divide it
     ],
 )
 def test_kernel_is_chosen_where_it_was_measured_faster(tokens, shape, kernel):
-    x = jax.ShapeDtypeStruct((tokens, shape[1]), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((tokens, shape[-1]), jnp.bfloat16)
     weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    gated = len(shape) == 4
     with dispatch.lowering_for_hopper():
         # A new function object, since what is traced depends on the machine it is for.
-        traced = jax.jit(lambda *arguments: linear(*arguments)).trace(x, weight)
+        traced = jax.jit(lambda *arguments: linear(*arguments, gated=gated)).trace(x, weight)
     assert ("mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()) == kernel
 
 
