@@ -12,6 +12,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
@@ -78,6 +79,7 @@ class AsyncEngine:
             InvalidRequestError: the prompt or a parameter is out of range.
             EngineDeadError: the engine has failed or was shut down.
         """
+        arrived = time.monotonic()  # not in `add`, which waits for the end of a step
         params = sampling_params or self.engine.default_sampling_params()
         request_id = request_id or f"request-{next(self._ids)}"
         text, ids, salt = await asyncio.to_thread(parse_prompt, prompt, self.engine)
@@ -86,7 +88,7 @@ class AsyncEngine:
         mailbox = _Mailbox(asyncio.get_running_loop(), params.output_kind)
 
         def add() -> None:
-            self.engine.add_request(request_id, ids, params, text, priority, salt, grammar)
+            self.engine.add_request(request_id, ids, params, text, priority, salt, grammar, arrived)
             self._mailboxes[request_id] = mailbox
 
         try:

@@ -46,9 +46,13 @@ class CompletionLogprobsWriter:
                 lists.top_logprobs.append(None)
                 continue
             lists.token_logprobs.append(_finite(logprob.logprob))
-            top = {t: position[t] for t in _likeliest(position, token, most)}
-            names = {t: _name(t, known, self._as_token_ids) for t, known in top.items()}
-            lists.top_logprobs.append({names[t]: _finite(top[t].logprob) for t in top})
+            top: dict[str, float] = {}
+            for t in _likeliest(position, token, most):
+                # Tokens that are parts of characters share a name; the likeliest has it, or a
+                # token would seem to be the likeliest that is not.
+                name = _name(t, position[t], self._as_token_ids)
+                top.setdefault(name, _finite(position[t].logprob))
+            lists.top_logprobs.append(top)
         return lists
 
 

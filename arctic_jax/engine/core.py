@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -106,11 +107,14 @@ class EngineCore:
         priority: int = 0,
         cache_salt: str | None = None,
         grammar: Grammar | None = None,
+        arrival_time: float | None = None,
     ) -> None:
         """Queue a request.
 
         The grammar of `params.structured_outputs` is compiled here, unless the caller has done it,
-        so as not to hold up this thread.
+        so as not to hold up this thread. `arrival_time` (`time.monotonic()` seconds) is when the
+        request was made, if that was before now: what it waited for this thread is part of its
+        latency.
 
         Raises:
             InvalidRequestError: the prompt or a parameter does not fit the model, or the id is in
@@ -130,6 +134,7 @@ class EngineCore:
             grammar = self.grammars.compile(params.structured_outputs)
         room = self.max_model_len - len(ids)
         bad_words = tuple(word for w in params.bad_words or () for word in self._spellings(w))
+        arrived = time.monotonic() if arrival_time is None else arrival_time
         members = []
         others = replace(params, prompt_logprobs=None)  # the prompt is reported once
         for index in range(params.n):
@@ -147,6 +152,7 @@ class EngineCore:
                 cache_salt=cache_salt,
                 bad_words_ids=bad_words,
                 matcher=None if grammar is None else grammar.matcher(),
+                arrival_time=arrived,
             )
             members.append(request)
         group = RequestGroup(request_id, prompt, members)

@@ -67,6 +67,7 @@ class ReplicatedEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         grammar: Grammar | None = None,
+        arrival_time: float | None = None,
     ) -> None:
         """Queue a request, see `EngineCore.add_request`."""
         if params.structured_outputs is not None and grammar is None:
@@ -76,7 +77,14 @@ class ReplicatedEngine:
         least = self._engine_of.get(request_id, loads.index(min(loads)))
         with self._locks[least]:
             self.engines[least].add_request(
-                request_id, prompt_token_ids, params, prompt, priority, cache_salt, grammar
+                request_id,
+                prompt_token_ids,
+                params,
+                prompt,
+                priority,
+                cache_salt,
+                grammar,
+                arrival_time,
             )
         self._engine_of[request_id] = least
 

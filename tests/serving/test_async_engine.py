@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Coroutine, Iterator
 from typing import Any
@@ -83,6 +84,29 @@ def test_many_at_once_are_each_alone(engine: AsyncEngine, core: EngineCore) -> N
         assert output.prompt_token_ids == prompts[i]
         assert [o.token_ids for o in output.outputs] == [o.token_ids for o in alone.outputs]
         assert [o.text for o in output.outputs] == [o.text for o in alone.outputs]
+
+
+def test_the_wait_for_a_step_is_part_of_the_latency(engine: AsyncEngine) -> None:
+    """A request that comes during a step has arrived then, not when the step is over."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def step() -> None:
+        begun.set()
+        ended.wait(TIMEOUT)
+
+    async def arrive() -> tuple[float, RequestOutput]:
+        stepping = asyncio.create_task(engine._call(step))
+        await asyncio.to_thread(begun.wait, TIMEOUT)
+        waiting = asyncio.create_task(last_of(engine, [1, 2], greedy(2)))
+        while engine._inbox.empty():
+            await asyncio.sleep(0.001)
+        end = time.monotonic()
+        ended.set()
+        await stepping
+        return end, await waiting
+
+    end, output = finish(arrive())
+    assert output.metrics.arrival_time < end <= output.metrics.first_scheduled_time
 
 
 def test_states_grow(engine: AsyncEngine) -> None:

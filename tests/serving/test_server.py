@@ -120,6 +120,22 @@ def test_echo_scores_a_prompt(live: LiveServer) -> None:
     assert len(longer["logprobs"]["tokens"]) == 6
 
 
+def test_the_likeliest_is_known_where_tokens_share_a_name(live: LiveServer) -> None:
+    """Whether a text is what a greedy model writes, lm_eval finds in the largest value."""
+    prompt = list(range(0x80, 0xC0))  # no byte of these is a character
+    fields = {"echo": True, "max_tokens": 0, "temperature": 0, "logprobs": 3}
+    (choice,) = live.complete(prompt, **fields, prompt_logprobs=3).json()["choices"]
+    lists = choice["logprobs"]
+    shared = 0
+    for token, named, by_id in zip(
+        prompt[1:], lists["top_logprobs"][1:], choice["prompt_logprobs"][1:], strict=True
+    ):
+        shared += len(named) < len(by_id)
+        assert math.isclose(max(named.values()), max(one["logprob"] for one in by_id.values()))
+        assert str(token) in by_id
+    assert shared > 0
+
+
 def test_echo_of_a_stream(live: LiveServer) -> None:
     body = {"prompt": "hello", **GREEDY, "echo": True, "logprobs": 0}
     whole = live.post("/v1/completions", body).json()["choices"][0]
