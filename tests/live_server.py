@@ -17,7 +17,7 @@ from arctic_jax.serving.metrics import Metrics
 from arctic_jax.serving.served_model import ServedModel, ServedOptions
 from arctic_jax.serving.server import HttpOptions, build_app
 
-TIMEOUT = 30.0
+TIMEOUT = 120.0
 CLIENT: dict[str, Any] = {"trust_env": False, "verify": False}  # reading certificates takes long
 
 
