@@ -19,6 +19,12 @@ from arctic_jax.serving.bench_datasets import Call
 if TYPE_CHECKING:
     import httpx2
 
+ENDPOINTS = {
+    "vllm": "/v1/completions",
+    "openai": "/v1/completions",
+    "openai-chat": "/v1/chat/completions",
+}
+"""What each of vLLM's names for a backend calls."""
 _SERVICE_LEVELS = ("ttft", "tpot", "e2el")
 
 
@@ -42,10 +48,16 @@ class Answer:
 
 
 def bench_serve(
-    base_url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000",
+    base_url: Annotated[
+        str | None, typer.Option(help="Of the server, instead of host and port.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Of the server.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the server.")] = 8000,
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(ENDPOINTS)}.")] = "openai",
     endpoint: Annotated[
-        str, typer.Option(help="/v1/completions or /v1/chat/completions.")
-    ] = "/v1/completions",
+        str | None,
+        typer.Option(help="/v1/completions or /v1/chat/completions; by default the backend's."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="By default the first served.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar=["ARCTIC_JAX_API_KEY", "OPENAI_API_KEY"])
@@ -96,10 +108,13 @@ def bench_serve(
 
     if request_rate <= 0 or burstiness <= 0:
         raise ValueError(f"{request_rate=} and {burstiness=} must be positive")
+    if backend not in ENDPOINTS:
+        raise ValueError(f"{backend=} is none of {', '.join(ENDPOINTS)}")
     levels = _service_levels(goodput or [])
     percentiles = [float(p) for p in metric_percentiles.split(",")]
     chosen = percentile_metrics.split(",")
-    load = _Load(base_url.rstrip("/"), endpoint, api_key, ignore_eos, temperature)
+    url = (base_url or f"http://{host}:{port}").rstrip("/")
+    load = _Load(url, endpoint or ENDPOINTS[backend], api_key, ignore_eos, temperature)
     load.model = model or load.first_model()
     calls = bench_datasets.make_calls(
         dataset_name,

@@ -22,17 +22,20 @@ def bench(live: LiveServer, *arguments: str) -> Any:
     return CliRunner().invoke(cli.app, line, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
-def test_random_prompts(live: LiveServer, tmp_path: Path, endpoint: str) -> None:
+@pytest.mark.parametrize("backend", ["vllm", "openai-chat"])
+def test_random_prompts(live: LiveServer, tmp_path: Path, backend: str) -> None:
     line = "--num-prompts 6 --random-input-len 20 --random-output-len 5 --max-concurrency 2"
     line += f" --save-detailed --result-dir {tmp_path} --result-filename out.json"
-    line += f" --endpoint {endpoint} --metric-percentiles 50,90 --goodput ttft:60000"
-    result = bench(live, *line.split(), "--goodput", "tpot:60000 e2el:0.001")
+    line += f" --backend {backend} --metric-percentiles 50,90 --goodput ttft:60000"
+    host, port = live.url.removeprefix("http://").split(":")
+    line += f" --host {host} --port {port} --temperature 0"
+    arguments = ["bench", "serve", *line.split(), "--goodput", "tpot:60000 e2el:0.001"]
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out.json").read_text())
     assert (report["completed"], report["failed"]) == (6, 0)
     assert report["total_output_tokens"] == 30
-    if endpoint == "/v1/completions":
+    if backend == "vllm":
         assert report["total_input_tokens"] == 120
         assert report["max_concurrent_requests"] <= 2
         assert all(len(gaps) <= 4 for gaps in report["itls"])
@@ -119,6 +122,12 @@ def test_figures() -> None:
     assert "p50_ttft_ms" not in found
     assert found["max_concurrent_requests"] == 2
     assert found["max_output_tokens_per_s"] == 4
+
+
+def test_an_unknown_backend() -> None:
+    result = CliRunner().invoke(cli.app, ["bench", "serve", "--backend", "tgi"])
+    assert result.exit_code == 2
+    assert "backend='tgi' is none of vllm, openai, openai-chat" in result.output
 
 
 def test_a_server_that_is_not_there() -> None:
