@@ -195,6 +195,13 @@ def _row_layout(D: int):
     return plgpu.Layout.WG_STRIDED((D,), D // 128) if D >= 128 else plgpu.Layout.WGMMA.reduce(1)
 
 
+def _clear_row(out_gmem, token, head):
+    """Make the row of a token and a head in `out_gmem [T, H, D]` zero."""
+    D = out_gmem.shape[2]
+    zeros = jnp.zeros((D,), out_gmem.dtype)
+    out_gmem[token, head] = plgpu.layout_cast(zeros, _row_layout(D))
+
+
 def _row_masks(draft_mask: Array, query_start_loc: Array, queries: int, group: int) -> Array:
     """Return `[2, S, ROWS]` the mask of each query row, and how many keys it hides.
 
@@ -236,10 +243,8 @@ def _decode_body(*refs, config: Config, group: int, queries: int, is_masked: boo
 
         @pl.when(lens_gmem[sequence] == 0)
         def _():
-            D = out_gmem.shape[2]
-            zeros = plgpu.layout_cast(jnp.zeros((D,), out_gmem.dtype), _row_layout(D))
             for i in range(group):
-                out_gmem[sequence, head * group + i] = zeros
+                _clear_row(out_gmem, sequence, head * group + i)
 
 
 def _attend(
@@ -465,5 +470,4 @@ def _merge_body(
 
     @pl.when((query < query_len) & (lens_gmem[sequence] == 0))
     def _():
-        zeros = plgpu.layout_cast(jnp.zeros((D,), out_gmem.dtype), _row_layout(D))
-        out_gmem[start + query, head * group + head_in_group] = zeros
+        _clear_row(out_gmem, start + query, head * group + head_in_group)
