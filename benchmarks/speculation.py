@@ -93,18 +93,23 @@ def main() -> None:
                 row = {"workload": workload, "concurrency": concurrency, "method": method}
                 rows.append(row | measure(engine, config, jobs, concurrency, args.max_tokens))
                 print(show(rows[-1], rows), flush=True)
+                if args.out:
+                    write(args.out, rows)
         del llm, engine  # the next engine wants the memory
         gc.collect()
-    if args.out:
-        result = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", *sys.argv]),
-            "versions": {"arctic_jax": __version__, "jax": jax.__version__},
-            "device": jax.devices()[0].device_kind,
-            "rows": rows,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write what has been measured so far."""
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {"arctic_jax": __version__, "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:

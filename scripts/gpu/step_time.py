@@ -1,10 +1,12 @@
 """Where the time of a decode step goes: packing, dispatch, device, reading back.
 
     python scripts/gpu/step_time.py --batches 1 16 64 256 --out DIR
+    python scripts/gpu/step_time.py --batches 1 16 64 --drafts 0 3 8 16 --out DIR
 
 Decode steps of the dummy Llama-3.1-8B at a context of 1,024. `whole` is `EngineCore.step`; `pack`
 and `dispatch` (packing within it) are the host's; `device` is the time of a step when many are
-started one after the other without reading their results.
+started one after the other without reading their results. With `--drafts`, those verify so many
+drafted tokens of each sequence; a step holds at most 256 of them.
 """
 
 import argparse
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--model", default="benchmarks/configs/llama-3.1-8b")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--drafts", type=int, nargs="*", default=[0])
     parser.add_argument("--prefill", type=int, help="with --trace: tokens of a prefill step")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--trace", action="store_true", help="profile the steps, into OUT")
@@ -54,6 +57,10 @@ def main() -> None:
         max_num_seqs=max(args.batches),
         max_num_batched_tokens=max(4096, args.prefill or 0),
         enable_prefix_caching=False,
+        # Proposes nothing in random text: the verifying programs are what is wanted.
+        speculative_config={"method": "ngram", "num_speculative_tokens": max(args.drafts)}
+        if max(args.drafts)
+        else None,
     )
     engine, runner = llm.engine, llm.engine.runner
     rng = np.random.default_rng(0)
@@ -67,39 +74,55 @@ def main() -> None:
         while engine.scheduler.waiting or any(not r.output_token_ids for r in running):
             engine.step()
         whole = median_ms(engine.step)
-        scheduled = ScheduledBatch(
-            # The token before the last: its block is there.
-            tuple(ScheduledRequest(r, r.num_computed_tokens - 1, 1, 1, False) for r in running)
-        )
-        _, bucket = runner.picker.pick(scheduled)
-        pack = median_ms(lambda s=scheduled, b=bucket: runner.packer.pack(s, b))
+        for drafted in args.drafts:
+            scheduled = ScheduledBatch(
+                # The last tokens, as if they were drafted: their blocks are there.
+                tuple(
+                    ScheduledRequest(
+                        r,
+                        r.num_computed_tokens - 1 - drafted,
+                        1 + drafted,
+                        1 + drafted,
+                        True,
+                        drafted,
+                    )
+                    for r in running
+                )
+            )
+            if scheduled.num_drafted > 256:
+                continue
+            _, bucket = runner.picker.pick(scheduled)
+            pack = median_ms(lambda s=scheduled, b=bucket: runner.packer.pack(s, b))
 
-        def launch(s: ScheduledBatch = scheduled) -> jax.Array:
-            return runner.launch(s).output
+            def launch(s: ScheduledBatch = scheduled) -> jax.Array:
+                return runner.launch(s).output
 
-        dispatches = []
-        for _ in range(10):
+            dispatches = []
+            for _ in range(10):
+                start = time.perf_counter()
+                output = launch()
+                dispatches.append((time.perf_counter() - start) * 1e3)
+                jax.block_until_ready(output)
             start = time.perf_counter()
-            output = launch()
-            dispatches.append((time.perf_counter() - start) * 1e3)
-            jax.block_until_ready(output)
-        start = time.perf_counter()
-        jax.block_until_ready([launch() for _ in range(30)])
-        device = (time.perf_counter() - start) / 30 * 1e3
-        alone = median_ms(lambda launch=launch: np.asarray(launch()))
-        row = {
-            "batch": batch,
-            "whole": whole,
-            "pack": pack,
-            "dispatch": statistics.median(dispatches),
-            "device": device,
-            "launch_and_read": alone,
-        }
-        rows.append(row)
-        print("  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
-        if args.trace:
-            with jax.profiler.trace(str(args.out / f"trace_{batch}"), profiler_options=options):
-                jax.block_until_ready([launch() for _ in range(4)])
+            jax.block_until_ready([launch() for _ in range(30)])
+            device = (time.perf_counter() - start) / 30 * 1e3
+            alone = median_ms(lambda launch=launch: np.asarray(launch()))
+            row = {
+                "batch": batch,
+                "drafted": drafted,
+                "whole": whole,
+                "pack": pack,
+                "dispatch": statistics.median(dispatches),
+                "device": device,
+                "launch_and_read": alone,
+            }
+            rows.append(row)
+            print("  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+            if args.trace:
+                with jax.profiler.trace(
+                    str(args.out / f"trace_{batch}_{drafted}"), profiler_options=options
+                ):
+                    jax.block_until_ready([launch() for _ in range(4)])
         for i in range(batch):
             engine.abort(str(i))
     if args.trace and args.prefill:
