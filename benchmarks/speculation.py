@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=workloads, choices=workloads)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=64, help="of a workload, at most")
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="at most so many requests after one another"
+    )
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-prompt-len", type=int, default=4096)
     parser.add_argument("--max-model-len", type=int, default=8192)
@@ -91,7 +94,8 @@ def main() -> None:
                 args.concurrency, configs.items()
             ):
                 row = {"workload": workload, "concurrency": concurrency, "method": method}
-                rows.append(row | measure(engine, config, jobs, concurrency, args.max_tokens))
+                some = jobs[:: -(-len(jobs) // (args.rounds * concurrency))]
+                rows.append(row | measure(engine, config, some, concurrency, args.max_tokens))
                 print(show(rows[-1], rows), flush=True)
                 if args.out:
                     write(args.out, rows)
@@ -181,7 +185,7 @@ class ForcedStep:
     def wait(self) -> HostOutput:
         """Wait for the step, and accept of each draft what agrees with the forced answer."""
         output = self.step.wait()
-        tokens, end = output.token_ids.copy(), 0
+        tokens, end = list(output.token_ids), 0
         for part in self.step.scheduled.requests:
             end += part.num_rows
             request = part.request
@@ -191,7 +195,7 @@ class ForcedStep:
             forced = self.answers[request.request_id][known : known + part.num_draws]
             drafted = request.token_ids[part.end - part.num_drafted : part.end]
             parents = part.parents or range(-1, part.num_drafted - 1)
-            tokens[end - part.num_draws : end] = -1
+            tokens[end - part.num_draws : end] = [-1] * part.num_draws
             row, token = end - part.num_draws, -1
             for right in forced:
                 tokens[row + 1 + token] = right
