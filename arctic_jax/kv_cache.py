@@ -1,8 +1,10 @@
 """The paged key/value cache on the devices. Vocabulary; a pytree, donated to every step.
 
-A layer's keys and values are `[blocks, kv_heads, block_size, head_dim]`: one contiguous
-`[block_size, head_dim]` tile a block and head, as the tensor memory accelerator reads it. Token
-`i` of a sequence lies in slot `block_table[i // block_size] * block_size + i % block_size`.
+A model's keys and values are `[layers, blocks, kv_heads, block_size, head_dim]`: one contiguous
+`[block_size, head_dim]` tile a layer, block and head, as the tensor memory accelerator reads it.
+Token `i` of a sequence lies in slot `block_table[i // block_size] * block_size + i % block_size` of
+every layer. All layers are one array, because each argument and each result of a program costs host
+time.
 """
 
 from __future__ import annotations
@@ -21,47 +23,44 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values, one array a layer."""
+    """Keys and values of all layers of a model."""
 
-    k: tuple[Array, ...]
-    v: tuple[Array, ...]
+    k: Array
+    v: Array
 
     def moved(self, slots: Array) -> KVCache:
         """Copy tokens from slot to slot, `slots [2, N]`, all read before any is written.
 
         -1 as the slot to write stands for no copy.
         """
-        block_size = self.k[0].shape[2]
+        _, num_blocks, _, block_size, _ = self.k.shape
         source, target = slots
-        target = jnp.where(target < 0, self.k[0].shape[0] * block_size, target)  # is dropped
+        target = jnp.where(target < 0, num_blocks * block_size, target)  # is dropped
 
-        def move(layer: Array) -> Array:
-            tokens = layer[source // block_size, :, source % block_size]
-            places = layer.at[target // block_size, :, target % block_size]
+        def move(cache: Array) -> Array:
+            tokens = cache[:, source // block_size, :, source % block_size]
+            places = cache.at[:, target // block_size, :, target % block_size]
             return places.set(tokens, mode="drop")
 
-        return KVCache(k=tuple(map(move, self.k)), v=tuple(map(move, self.v)))
+        return jax.tree.map(move, self)
 
-    def split(self, num_layers: int) -> tuple[KVCache, KVCache]:
-        """Return the first layers, and the others."""
-        first, rest = slice(num_layers), slice(num_layers, None)
-        return KVCache(self.k[first], self.v[first]), KVCache(self.k[rest], self.v[rest])
 
-    def __add__(self, other: KVCache) -> KVCache:
-        """Return the layers of both."""
-        return KVCache(self.k + other.k, self.v + other.v)
+KVCaches = tuple[KVCache, ...]
+"""The model's cache and, if it has one, the drafter's. They have the same blocks."""
 
 
 @dataclass(frozen=True)
-class LayerCacheSpec:
-    """Shape of a layer's cache.
+class ModelCacheSpec:
+    """Shape of a model's cache.
 
     Attributes:
+        num_layers: that own keys and values.
         num_kv_heads: with the copies made where heads are fewer than devices.
         head_dim: of a key.
-        partition: how `[blocks, kv_heads, block_size, head_dim]` lies on the mesh.
+        partition: how `[layers, blocks, kv_heads, block_size, head_dim]` lies on the mesh.
     """
 
+    num_layers: int
     num_kv_heads: int
     head_dim: int
     partition: PartitionSpec
@@ -69,16 +68,16 @@ class LayerCacheSpec:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Shape of a cache."""
+    """Shapes of all caches of an engine."""
 
-    layers: tuple[LayerCacheSpec, ...]
+    models: tuple[ModelCacheSpec, ...]
     block_size: int
     dtype: jnp.dtype
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers, keys and values, each head counted once."""
-        numbers = sum(layer.num_kv_heads * layer.head_dim for layer in self.layers)
+        numbers = sum(m.num_layers * m.num_kv_heads * m.head_dim for m in self.models)
         return 2 * numbers * self.block_size * jnp.dtype(self.dtype).itemsize
 
     def bytes_per_device(self, mesh: Mesh) -> int:
@@ -90,25 +89,26 @@ class KVCacheSpec:
         return numbers * jnp.dtype(self.dtype).itemsize
 
     @property
-    def partitions(self) -> KVCache:
-        """How it lies on the mesh, a `PartitionSpec` in the place of each array."""
-        found: Any = tuple(layer.partition for layer in self.layers)
-        return KVCache(found, found)
+    def partitions(self) -> KVCaches:
+        """How they lie on the mesh, a `PartitionSpec` in the place of each array."""
+        found: Any = tuple(KVCache(model.partition, model.partition) for model in self.models)  # pyright: ignore
+        return found
 
-    def shapes(self, num_blocks: int, mesh: Mesh) -> KVCache:
-        """Return a cache of `num_blocks` blocks on `mesh` without its contents."""
-        layers: Any = tuple(
-            jax.ShapeDtypeStruct(
-                (num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim),
+    def shapes(self, num_blocks: int, mesh: Mesh) -> KVCaches:
+        """Return caches of `num_blocks` blocks on `mesh` without their contents."""
+        found = []
+        for model in self.models:
+            shape = (model.num_layers, num_blocks, model.num_kv_heads, self.block_size)
+            array: Any = jax.ShapeDtypeStruct(
+                (*shape, model.head_dim),
                 self.dtype,
-                sharding=NamedSharding(mesh, layer.partition),
+                sharding=NamedSharding(mesh, model.partition),
             )
-            for layer in self.layers
-        )
-        return KVCache(layers, layers)
+            found.append(KVCache(array, array))
+        return tuple(found)
 
-    def allocate(self, num_blocks: int, mesh: Mesh) -> KVCache:
-        """Make a zeroed cache of `num_blocks` blocks on `mesh`."""
+    def allocate(self, num_blocks: int, mesh: Mesh) -> KVCaches:
+        """Make zeroed caches of `num_blocks` blocks on `mesh`."""
         return jax.tree.map(_zeros, self.shapes(num_blocks, mesh))
 
 

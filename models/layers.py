@@ -18,6 +18,7 @@ from jax import Array
 
 from arctic_jax.batch import ForwardBatch
 from arctic_jax.config import ModelConfig, RopeConfig
+from arctic_jax.kv_cache import KVCache
 from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
 from arctic_jax.pallas_kernels.add_rms_norm.reference import rms_norm
 from arctic_jax.pallas_kernels.kv_cache_update import kv_cache_update
@@ -206,13 +207,14 @@ class PagedAttention(nnx.Module):
         self.output_bias = parameter(config.hidden_size) if config.attention_output_bias else None
 
     def attend(
-        self, q: Array, batch: ForwardBatch, k_cache: Array, v_cache: Array, layout: MeshLayout
+        self, q: Array, batch: ForwardBatch, cache: KVCache, layer: Array, layout: MeshLayout
     ) -> Array:
         """Rotated queries `[tokens, heads, head_dim]` to what is added to the residual stream."""
         out = paged_attention(
             q,
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
+            layer,
             batch.block_tables,
             batch.query_start_loc,
             batch.seq_lens,
@@ -222,7 +224,7 @@ class PagedAttention(nnx.Module):
             sliding_window=self.sliding_window,
             implementation=self.implementation,
         )
-        out = layout.to_tokens(out.reshape(out.shape[0], k_cache.shape[1], -1))
+        out = layout.to_tokens(out.reshape(out.shape[0], cache.k.shape[2], -1))
         bias = None if self.output_bias is None else self.output_bias[...]
         out = out.reshape(out.shape[0], -1)
         return row_parallel(out, self.output[...], bias, layout, self.implementation)
@@ -258,13 +260,13 @@ class Attention(PagedAttention):
         norm: RMSNorm,
         rope: tuple[Array, Array],
         batch: ForwardBatch,
-        k_cache: Array,
-        v_cache: Array,
+        cache: KVCache,
+        layer: Array,
         layout: MeshLayout,
-    ) -> tuple[Array, Array, Array, Array]:
+    ) -> tuple[Array, Array, KVCache]:
         """`x` and `delta [T/SP, hidden]` to their sum and the queries `[T, heads/P, head_dim]`.
 
-        With the layer's caches, into which keys and values have been written.
+        With the cache, into which the layer's keys and values have been written.
         """
         weight, bias = self.qkv[...], None if self.qkv_bias is None else self.qkv_bias[...]
         x, qkv = norm.linear(x, delta, weight, bias)
@@ -277,16 +279,17 @@ class Attention(PagedAttention):
                 "k_norm": self.k_norm.weight[...][None],
                 "epsilon": self.q_norm.epsilon,
             }
-        q, (k_cache,), (v_cache,) = kv_cache_update(
+        q, k_cache, v_cache = kv_cache_update(
             qkv.reshape(tokens, groups, 1, -1, self.head_dim),
             *rope,
-            (k_cache,),
-            (v_cache,),
+            cache.k,
+            cache.v,
+            layer,
             batch.slot_mapping,
             **norms,
             implementation=self.implementation,
         )
-        return x, q, k_cache, v_cache
+        return x, q, KVCache(k_cache, v_cache)
 
 
 class GatedMLP(nnx.Module):

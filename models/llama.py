@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -58,24 +59,24 @@ class DecoderLayer(nnx.Module):
         delta: Array,
         rope: tuple[Array, Array],
         batch: ForwardBatch,
-        k_cache: Array,
-        v_cache: Array,
+        cache: KVCache,
+        layer: Array,
         layout: MeshLayout,
         *,
         narrows: bool,
-    ) -> tuple[Array, Array, Array, Array]:
-        """`x` and `delta [T/SP, hidden]` of this layer to those of the next, with its caches.
+    ) -> tuple[Array, Array, KVCache]:
+        """`x` and `delta [T/SP, hidden]` of this layer to those of the next, with the cache.
 
         If the batch narrows here, to `[R, hidden]`: of the other tokens, keys and values suffice.
         """
-        x, q, k_cache, v_cache = self.attention.project(
-            x, delta, self.attention_norm, rope, batch, k_cache, v_cache, layout
+        x, q, cache = self.attention.project(
+            x, delta, self.attention_norm, rope, batch, cache, layer, layout
         )
         if narrows:
             (q, _), (x, batch) = narrow(q, batch), narrow(x, batch)
-        delta = self.attention.attend(q, batch, k_cache, v_cache, layout)
+        delta = self.attention.attend(q, batch, cache, layer, layout)
         x, delta = self.mlp(x, delta, self.mlp_norm, layout)
-        return x, delta, k_cache, v_cache
+        return x, delta, cache
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.
@@ -139,15 +140,14 @@ class LlamaForCausalLM(nnx.Module):
         rope = rotary(self.config.rope, self.config.head_dim, batch.positions)
         x = self.embed(batch.token_ids, layout)
         delta = jnp.zeros_like(x)
-        k_caches, v_caches = list(cache.k), list(cache.v)
         early = self._narrows_in_last_layer(batch, layout)
         for i, layer in enumerate(self.layers):
-            x, delta, k_caches[i], v_caches[i] = _run_layer(
-                *(layer, x, delta, rope, batch, k_caches[i], v_caches[i]),
+            x, delta, cache = _run_layer(
+                *(layer, x, delta, rope, batch, cache, np.int32(i)),
                 layout=layout,
                 narrows=early and i + 1 == len(self.layers),
             )
-        x, cache = x + delta, KVCache(tuple(k_caches), tuple(v_caches))
+        x = x + delta
         if not early:
             x = layout.gather_tokens(x)
             cache = self.fill_upper_cache(x, rope, batch, cache)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -53,15 +54,15 @@ class QueryAttention(PagedAttention):
         norm: RMSNorm,
         rope: tuple[Array, Array],
         batch: ForwardBatch,
-        k_cache: Array,
-        v_cache: Array,
+        cache: KVCache,
+        layer: Array,
         layout: MeshLayout,
     ) -> tuple[Array, Array]:
         """`x` and `delta [R, hidden]` to their sum and the attention of its norm."""
         bias = None if self.query_bias is None else self.query_bias[...]
         x, q = norm.linear(x, delta, self.query[...], bias)
         q = rotate(q.reshape(len(q), -1, self.head_dim), *rope)
-        return x, self.attend(q, batch, k_cache, v_cache, layout)
+        return x, self.attend(q, batch, cache, layer, layout)
 
 
 class UpperLayer(nnx.Module):
@@ -86,14 +87,12 @@ class UpperLayer(nnx.Module):
         delta: Array,
         rope: tuple[Array, Array],
         batch: ForwardBatch,
-        k_cache: Array,
-        v_cache: Array,
+        cache: KVCache,
+        layer: Array,
         layout: MeshLayout,
     ) -> tuple[Array, Array]:
         """`x` and `delta [R, hidden]` of this layer to those of the next."""
-        x, delta = self.attention(
-            x, delta, self.attention_norm, rope, batch, k_cache, v_cache, layout
-        )
+        x, delta = self.attention(x, delta, self.attention_norm, rope, batch, cache, layer, layout)
         return self.mlp(x, delta, self.mlp_norm, layout)
 
 
@@ -125,12 +124,13 @@ class UpperKeysValues(nnx.Module):
         _, k, v = kv_cache_update(
             kv.reshape(-1, groups, layers, 2, self.head_dim),
             *rope,
-            cache.k[-layers:],
-            cache.v[-layers:],
+            cache.k,
+            cache.v,
+            np.int32(cache.k.shape[0] - layers),
             batch.slot_mapping,
             implementation=self.implementation,
         )
-        return KVCache(k=cache.k[:-layers] + k, v=cache.v[:-layers] + v)
+        return KVCache(k, v)
 
 
 class LlamaSwiftKVForCausalLM(LlamaForCausalLM):
@@ -170,8 +170,9 @@ class LlamaSwiftKVForCausalLM(LlamaForCausalLM):
         delta = jnp.zeros_like(x)
         for i, layer in enumerate(self.upper_layers):
             owner = self.config.num_lower_layers + i // self.config.key_value_group_size
-            k_cache, v_cache = cache.k[owner], cache.v[owner]
-            x, delta = _run_layer(layer, x, delta, rope, batch, k_cache, v_cache, layout=layout)
+            x, delta = _run_layer(
+                layer, x, delta, rope, batch, cache, np.int32(owner), layout=layout
+            )
         return x + delta
 
     @staticmethod

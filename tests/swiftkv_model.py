@@ -82,11 +82,14 @@ class Steps:
     """Runs steps of a model over one cache, which is `UNWRITTEN` at first: no zeros, that hide."""
 
     def __init__(self, model: LlamaForCausalLM, num_blocks: int, block_size: int) -> None:
-        config = model.config
         self.model, self.block_size = model, block_size
-        shape = (num_blocks, model.num_kv_groups, block_size, config.head_dim)
-        layers = tuple(jnp.full(shape, UNWRITTEN) for _ in range(config.num_cache_layers))
-        self.cache = KVCache(layers, layers)
+        self.clear(num_blocks)
+
+    def clear(self, num_blocks: int) -> None:
+        """Begin again, with so many blocks."""
+        config, groups = self.model.config, self.model.num_kv_groups
+        shape = (config.num_cache_layers, num_blocks, groups, self.block_size, config.head_dim)
+        self.cache = KVCache(*(jnp.full(shape, UNWRITTEN) for _ in "kv"))
 
     def run(self, chunks: list[Chunk], padding: int = 0) -> list[np.ndarray]:
         """Logits of each chunk's rows; `padding` more tokens, rows and sequences are not real."""

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from arctic_jax.batch import ForwardBatch, StepOutput
 from arctic_jax.config import ModelConfig
-from arctic_jax.kv_cache import KVCache, LayerCacheSpec
+from arctic_jax.kv_cache import KVCache, KVCaches, ModelCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.models.speculator import Speculator, SpeculatorConfig, Vocabulary
 from arctic_jax.shift_parallel import ALONE, MeshLayout
@@ -71,20 +71,20 @@ class Drafting:
         """Return the network without its parameters."""
         raise NotImplementedError
 
-    def cache_layers(self) -> tuple[LayerCacheSpec, ...]:
-        """Return the layers that it has in the cache, after the model's."""
+    def caches(self) -> tuple[ModelCacheSpec, ...]:
+        """Return the caches that it has beside the model's: none or one."""
         raise NotImplementedError
 
-    def draft(self, network: Any, drawn: Drawn, cache: KVCache) -> tuple[Array, KVCache]:
+    def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
         """Draft after the last token that was drawn for each of the first sequences.
 
         Args:
             network: `module` with its parameters.
             drawn: what is known.
-            cache: its layers.
+            caches: its own.
 
         Returns:
-            `[D, K]`, a row each sequence; of one that drew nothing, anything. And the cache.
+            `[D, K]`, a row each sequence; of one that drew nothing, anything. And the caches.
         """
         raise NotImplementedError
 
@@ -105,16 +105,16 @@ class SpeculatorDrafting(Drafting):
         del implementation
         return nnx.eval_shape(lambda: self.speculator_class(self.config, num_shards))
 
-    def cache_layers(self) -> tuple[LayerCacheSpec, ...]:
+    def caches(self) -> tuple[ModelCacheSpec, ...]:
         """See `Drafting`."""
         return ()
 
-    def draft(self, network: Speculator, drawn: Drawn, cache: KVCache) -> tuple[Array, KVCache]:
+    def draft(self, network: Speculator, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
         """See `Drafting`."""
         last, _ = drawn.last_rows(self.max_num_seqs)
         vocabulary = Vocabulary(drawn.model.embed, drawn.model.head)
         hidden, tokens = drawn.hidden[last], drawn.output.token_ids[last]
-        return network(hidden, tokens, vocabulary, drawn.layout, self.num_tokens), cache
+        return network(hidden, tokens, vocabulary, drawn.layout, self.num_tokens), caches
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,17 @@ class ModelDrafting(Drafting):
         del num_shards
         return nnx.eval_shape(lambda: self.model_class(self.config, 1, implementation))
 
-    def cache_layers(self) -> tuple[LayerCacheSpec, ...]:
+    def caches(self) -> tuple[ModelCacheSpec, ...]:
         """See `Drafting`."""
-        layer = LayerCacheSpec(
-            self.config.num_key_value_heads, self.config.head_dim, PartitionSpec()
-        )
-        return (layer,) * self.config.num_cache_layers
+        config = self.config
+        heads = config.num_key_value_heads
+        return (ModelCacheSpec(config.num_cache_layers, heads, config.head_dim, PartitionSpec()),)
 
     def draft(
-        self, network: LlamaForCausalLM, drawn: Drawn, cache: KVCache
-    ) -> tuple[Array, KVCache]:
+        self, network: LlamaForCausalLM, drawn: Drawn, caches: KVCaches
+    ) -> tuple[Array, KVCaches]:
         """See `Drafting`."""
+        (cache,) = caches
         # Every token of the step, drafted or not: what is in the blocks is complete and right.
         _, cache = network.hidden_states(drawn.batch, cache, ALONE)
         last, draws = drawn.last_rows(self.max_num_seqs)
@@ -165,7 +165,7 @@ class ModelDrafting(Drafting):
 
         ahead = jnp.arange(1, self.num_tokens + 1)
         (_, cache), drafts = jax.lax.scan(step, (drawn.output.token_ids[last], cache), ahead)
-        return drafts.T, cache
+        return drafts.T, (cache,)
 
     def _one_token_each(
         self, batch: ForwardBatch, tokens: Array, positions: Array, draws: Array

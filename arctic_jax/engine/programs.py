@@ -26,7 +26,7 @@ from arctic_jax.engine.lowering import LoweringPool
 from arctic_jax.engine.program_store import ProgramStore
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.step_program import MOVES_A_CALL, Leaves, Step, StepProgram
-from arctic_jax.kv_cache import KVCache
+from arctic_jax.kv_cache import KVCaches
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.shift_parallel import MeshLayout
 
@@ -136,13 +136,13 @@ class ProgramCache:
         layout: MeshLayout,
         bucket: Bucket,
         leaves: Leaves,
-        cache: KVCache,
+        caches: KVCaches,
         state: SamplerState,
         output: Array,
         packed: np.ndarray,
-    ) -> tuple[KVCache, SamplerState, Array]:
+    ) -> tuple[KVCaches, SamplerState, Array]:
         """Start a step; what it returns are futures."""
-        return self._compiled[layout, bucket](leaves, cache, state, output, packed)
+        return self._compiled[layout, bucket](leaves, caches, state, output, packed)
 
     def copy(self, output: Array) -> Array:
         """Copy a step's output to where the host can read it; the next step writes over it."""
@@ -154,8 +154,8 @@ class ProgramCache:
         """Replace one request's row of the sampler state, which is donated."""
         return self._set_row(state, np.int32(row), seen, bias)
 
-    def move(self, cache: KVCache, slots: np.ndarray) -> KVCache:
-        """Copy tokens in the cache, which is donated, from slot to slot: `slots [N, 2]`.
+    def move(self, caches: KVCaches, slots: np.ndarray) -> KVCaches:
+        """Copy tokens in the caches, which are donated, from slot to slot: `slots [N, 2]`.
 
         No slot may be read by a later pair than the one that writes it.
         """
@@ -164,8 +164,8 @@ class ProgramCache:
             padded = np.full((2, MOVES_A_CALL), -1, np.int32)
             some = slots[begin : begin + MOVES_A_CALL]
             padded[:, : len(some)] = some.T
-            cache = self._move(cache, padded)
-        return cache
+            caches = self._move(caches, padded)
+        return caches
 
     def set_masks(
         self, state: SamplerState, first: int, masks: np.ndarray, rows: np.ndarray

@@ -47,7 +47,7 @@ from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.sampler_rows import SamplerRows
 from arctic_jax.engine.step_program import StepProgram
 from arctic_jax.engine.weight_loading import WeightLoader
-from arctic_jax.kv_cache import KVCache, KVCacheSpec, LayerCacheSpec
+from arctic_jax.kv_cache import KVCaches, KVCacheSpec, ModelCacheSpec
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted, silent
@@ -152,19 +152,19 @@ class ModelRunner:
         model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
         loader = WeightLoader(self.mesh, self.layouts, self.dtype, config.load.seed, report)
         self.leaves, partitions = loader.load(model, checkpoint, "weights")
-        heads = PartitionSpec(None, self.layouts[-1].devices or None)
-        layer = LayerCacheSpec(model.num_kv_groups, model_config.head_dim, heads)
-        layers = (layer,) * model_config.num_cache_layers
+        heads = PartitionSpec(None, None, self.layouts[-1].devices or None)
+        layers, head_dim = model_config.num_cache_layers, model_config.head_dim
+        caches = [ModelCacheSpec(layers, model.num_kv_groups, head_dim, heads)]
         drafting = drafter.drafting if drafter else None
         if drafter is not None:
             module = drafter.drafting.module(num_shards, implementation)
-            layers += drafter.drafting.cache_layers()
+            caches += drafter.drafting.caches()
             added, lie = loader.load(
                 module, drafter.checkpoint, "drafter weights", drafter.drafting.layout
             )
             self.leaves = {layout: self.leaves[layout] + added[layout] for layout in self.layouts}
             partitions = {layout: partitions[layout] + lie[layout] for layout in self.layouts}
-        self.cache_spec = KVCacheSpec(layers, config.cache.block_size, self.dtype)
+        self.cache_spec = KVCacheSpec(tuple(caches), config.cache.block_size, self.dtype)
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
         buckets = [bucket for ladder in self._ladders.values() for bucket in ladder]
         max_rows = max(bucket.num_rows for bucket in buckets)
@@ -282,7 +282,7 @@ class ModelRunner:
             self.state = self.programs.set_masks(self.state, *masks)
         with self._alone():
             if len(launch.moves):
-                self.cache = self.programs.move(self.cache, launch.moves)
+                self.caches = self.programs.move(self.caches, launch.moves)
             return self._start(layout, bucket, launch.packed)
 
     def forget(self, request: Request) -> None:
@@ -300,18 +300,18 @@ class ModelRunner:
     def _compile(
         self, steps: Collection[tuple[MeshLayout, Bucket]], report: Report, what: str
     ) -> None:
-        """Compile programs, then make the cache, which is empty.
+        """Compile programs, then make the caches, which are empty.
 
-        In this order: XLA tries variants of products, in memory that the cache would take.
+        In this order: XLA tries variants of products, in memory that the caches would take.
         """
-        self.cache = KVCache((), ())
+        self.caches: KVCaches = ()
         self.programs.compile(steps, self.num_blocks, counted(report, what, len(steps)))
-        self.cache = self.cache_spec.allocate(self.num_blocks, self.mesh)
+        self.caches = self.cache_spec.allocate(self.num_blocks, self.mesh)
 
     def _start(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> jax.Array:
         """Start a program; return its packed `StepOutput`."""
-        self.cache, self.state, self._output = self.programs.run(
-            layout, bucket, self.leaves[layout], self.cache, self.state, self._output, packed
+        self.caches, self.state, self._output = self.programs.run(
+            layout, bucket, self.leaves[layout], self.caches, self.state, self._output, packed
         )
         return self.programs.copy(self._output)
 
@@ -395,8 +395,8 @@ class ModelRunner:
                 for _ in range(2):
                     self._start(layout, bucket, packed)
             if any(bucket.has_trees for _, bucket in self.picker.steps):
-                self.cache = self.programs.move(self.cache, np.zeros((1, 2), np.int32))
-            jax.block_until_ready((self._output, self.cache))
+                self.caches = self.programs.move(self.caches, np.zeros((1, 2), np.int32))
+            jax.block_until_ready((self._output, self.caches))
 
     def _milliseconds(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> float:
         """Median time of a step."""

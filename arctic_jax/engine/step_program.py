@@ -22,7 +22,7 @@ from arctic_jax.config import ModelConfig
 from arctic_jax.engine import sampler
 from arctic_jax.engine.drafting import Drafting, Drawn
 from arctic_jax.engine.sampler import SamplerState
-from arctic_jax.kv_cache import KVCache, KVCacheSpec
+from arctic_jax.kv_cache import KVCaches, KVCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.shift_parallel import MeshLayout
 
@@ -50,11 +50,11 @@ class Step(NamedTuple):
 class StepProgram:
     """What all step programs of an engine have in common.
 
-    A step is `step(leaves, cache, state, output, packed) -> (cache, state, output)`, where all but
-    the first and the last argument are donated. `output [max_rows, ...]` is a packed `StepOutput`:
-    as an argument the one of the step before, whose tokens its successor takes before the host has
-    seen them. `leaves` is the flat tuple of the parameters, the model's and then the drafter's:
-    rebuilding the modules from it happens while the program is traced, not at each call.
+    A step is `step(leaves, caches, state, output, packed) -> (caches, state, output)`, where all
+    but the first and the last argument are donated. `output [max_rows, ...]` is a packed
+    `StepOutput`: as an argument the one of the step before, whose tokens its successor takes before
+    the host has seen them. `leaves` is the flat tuple of the parameters, the model's and then the
+    drafter's: rebuilding the modules from it happens while the program is traced, not at each call.
 
     Nothing but `packed` lies at another address from step to step. On a GPU a program is a CUDA
     graph, and changed addresses cost as much of the host's time as all the rest of a launch.
@@ -62,7 +62,7 @@ class StepProgram:
     Attributes:
         model_class, model_config, num_shards, implementation: what the module is made of.
         partitions: for each layout, where each leaf lies on the mesh.
-        cache: shapes of the cache, the drafter's layers last; its type is that of the parameters.
+        cache: shapes of the caches; their type is that of the parameters.
         max_blocks_per_seq: columns of a block table.
         max_num_seqs: rows of the sampler's state.
         max_masks: rows of masked biases in it.
@@ -145,9 +145,11 @@ class StepProgram:
         """Return what moves tokens in the cache, which is donated, and its arguments."""
         slots = _abstract((2, MOVES_A_CALL), jnp.int32, mesh)
         lies = self.cache.partitions
-        function = jax.shard_map(
-            KVCache.moved, mesh=mesh, in_specs=(lies, REPLICATED), out_specs=lies
-        )
+
+        def moved(caches: KVCaches, slots: Array) -> KVCaches:
+            return tuple(cache.moved(slots) for cache in caches)
+
+        function = jax.shard_map(moved, mesh=mesh, in_specs=(lies, REPLICATED), out_specs=lies)
         return jax.jit(function, donate_argnums=0), (self.cache.shapes(num_blocks, mesh), slots)
 
     def _modules(self) -> tuple[LlamaForCausalLM, Any]:
@@ -165,11 +167,11 @@ class StepProgram:
         tree = jax.tree.structure(self._modules())
 
         def run(
-            leaves: Leaves, cache: KVCache, state: SamplerState, before: Array, packed: Array
-        ) -> tuple[KVCache, SamplerState, Array]:
+            leaves: Leaves, caches: KVCaches, state: SamplerState, before: Array, packed: Array
+        ) -> tuple[KVCaches, SamplerState, Array]:
             model: LlamaForCausalLM
             model, drafter = jax.tree.unflatten(tree, leaves)
-            cache, drafter_cache = cache.split(self.model_config.num_cache_layers)
+            cache, *drafter_caches = caches
             batch = unpack(packed, bucket, self.max_blocks_per_seq)
             known = batch.token_source < 0
             drawn = StepOutput.token_ids_of(before)[jnp.maximum(batch.token_source, 0)]
@@ -182,12 +184,12 @@ class StepProgram:
             )
             if self.drafting is not None:
                 drawn = Drawn(model, batch, hidden, output, layout)
-                drafts, drafter_cache = self.drafting.draft(drafter, drawn, drafter_cache)
+                drafts, drafter_caches = self.drafting.draft(drafter, drawn, tuple(drafter_caches))
                 drafts = jnp.pad(drafts, ((0, len(hidden) - len(drafts)), (0, 0)))
                 output = dataclasses.replace(output, drafts=drafts)
             # An update in place of `before` makes XLA's CPU compiler crash on several devices.
             rows = jnp.pad(output.pack(), ((0, self.max_rows - bucket.num_rows), (0, 0)))
-            return cache + drafter_cache, state, rows
+            return (cache, *drafter_caches), state, rows
 
         donated = (self.cache.partitions, REPLICATED, REPLICATED)
         return jax.shard_map(

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LAYER = 1  # the first that is written; the one before it is not
+
 # Largest difference in one element, relative to 1 + |expected|: one rounding of the stored dtype.
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
@@ -89,26 +91,26 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
     if case.padding_every:
         slots[:: case.padding_every] = -1
     dtype = jnp.dtype(case.dtype)
-    keys = iter(jax.random.split(jax.random.key(seed), 4 + 2 * case.layers))
+    keys = iter(jax.random.split(jax.random.key(seed), 6))
     rows = case.heads // case.kv_heads + 2
     shape = (case.tokens, case.kv_heads, case.layers, rows, case.head_dim)
     qkv = jax.random.normal(next(keys), shape, dtype)
     damaged = rng.choice([np.nan, np.inf, -np.inf], case.layers)
     qkv = qkv.at[-1, -1, :, -1, 3].set(jnp.asarray(damaged, dtype)).at[0, 0, 0, -1].set(np.nan)
     angles = jax.random.uniform(next(keys), (case.tokens, case.head_dim // 2), maxval=2 * np.pi)
-    cache = (case.blocks, case.kv_heads, case.block_size, case.head_dim)
+    cache = (LAYER + case.layers, case.blocks, case.kv_heads, case.block_size, case.head_dim)
     caches = [
         jax.random.normal(next(keys), cache, dtype)
         if poison is None
         else jnp.full(cache, np.nan, dtype)
-        for _ in range(2 * case.layers)
+        for _ in "kv"
     ]
     arguments = (
         qkv,
         jnp.cos(angles),
         jnp.sin(angles),
-        tuple(caches[: case.layers]),
-        tuple(caches[case.layers :]),
+        *caches,
+        jnp.int32(LAYER),
         jnp.asarray(slots),
     )
     if not case.norm:
@@ -119,9 +121,9 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
 
 
 def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, ...]:
-    """Return the queries and all caches in float64, written one token at a time."""
+    """Return the queries and the caches in float64, written one token at a time."""
     qkv, cos, sin = (np.asarray(a).astype(np.float64) for a in arguments[:3])
-    caches = [np.asarray(cache).astype(np.float64) for side in arguments[3:5] for cache in side]
+    k_cache, v_cache = (np.asarray(cache).astype(np.float64) for cache in arguments[3:5])
     half = case.head_dim // 2
 
     def rotated(x: np.ndarray, token: int, layer: int, norm: str) -> np.ndarray:
@@ -132,7 +134,7 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, 
         return np.concatenate([first * c - second * s, second * c + first * s])
 
     queries = np.empty((case.tokens, case.layers * case.heads, case.head_dim))
-    for token, slot in enumerate(np.asarray(arguments[5])):
+    for token, slot in enumerate(np.asarray(arguments[6])):
         block, offset = divmod(int(slot), case.block_size)
         row = 0
         for head in range(case.kv_heads):
@@ -142,10 +144,10 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, 
                     queries[token, row] = rotated(q, token, layer, "q_norm")
                     row += 1
                 if slot >= 0:
-                    caches[layer][block, head, offset] = rotated(k, token, layer, "k_norm")
-                    finite = np.where(np.isfinite(v), v, 0)
-                    caches[case.layers + layer][block, head, offset] = finite
-    return (queries, *caches)
+                    place = (LAYER + layer, block, head, offset)
+                    k_cache[place] = rotated(k, token, layer, "k_norm")
+                    v_cache[place] = np.where(np.isfinite(v), v, 0)
+    return queries, k_cache, v_cache
 
 
 def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray, ...]:
@@ -153,25 +155,24 @@ def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray,
 
     What the call wrote must be finite, that of the damaged values too.
     """
-    queries, k_caches, v_caches = output
-    touched = np.zeros(case.blocks * case.block_size, bool)
-    slots = np.asarray(arguments[5])
-    touched[slots[slots >= 0]] = True
-    touched = touched.reshape(case.blocks, case.block_size)
-    for new, old in zip((*k_caches, *v_caches), (*arguments[3], *arguments[4]), strict=True):
-        new, old = (np.swapaxes(np.asarray(a), 1, 2) for a in (new, old))
+    touched = np.zeros((LAYER + case.layers, case.blocks * case.block_size), bool)
+    slots = np.asarray(arguments[6])
+    touched[LAYER:, slots[slots >= 0]] = True
+    touched = touched.reshape(-1, case.blocks, case.block_size)
+    for new, old in zip(output[1:], arguments[3:5], strict=True):
+        new, old = (np.swapaxes(np.asarray(a), 2, 3) for a in (new, old))
         if new[~touched].tobytes() != old[~touched].tobytes():
             raise AssertionError(f"{case.name}: a slot without a token was written")
         if not np.isfinite(new[touched].astype(np.float32)).all():
             raise AssertionError(f"{case.name}: a slot of a token is not finite")
-    if not np.isfinite(np.asarray(queries).astype(np.float32)).all():
+    if not np.isfinite(np.asarray(output[0]).astype(np.float32)).all():
         raise AssertionError(f"{case.name}: a query is not finite")
-    return tuple(np.asarray(a).astype(np.float64) for a in (queries, *k_caches, *v_caches))
+    return tuple(np.asarray(a).astype(np.float64) for a in output)
 
 
 def following(arguments: tuple, output: tuple) -> tuple:
     """Return `arguments` with the caches that a call returned, for the next call."""
-    return (*arguments[:3], *output[1:], arguments[5])
+    return (*arguments[:3], *output[1:], *arguments[5:])
 
 
 def cost(case: Case) -> tuple[float, float]:

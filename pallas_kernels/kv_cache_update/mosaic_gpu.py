@@ -66,8 +66,9 @@ def kv_cache_update(
     qkv: Array,
     cos: Array,
     sin: Array,
-    k_caches: tuple[Array, ...],
-    v_caches: tuple[Array, ...],
+    k_cache: Array,
+    v_cache: Array,
+    layer: Array,
     slot_mapping: Array,
     *,
     q_norm: Array | None,
@@ -75,13 +76,16 @@ def kv_cache_update(
     epsilon: float,
     config: Config | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[Array, Array, Array]:
     """See `op.kv_cache_update`."""
     T, G, L, rows, D = qkv.shape
     r = rows - 2
     config = config or choose_config(G, rows * D * qkv.dtype.itemsize)
     groups = config.groups
-    caches = [jax.new_ref(cache) for cache in (*k_caches, *v_caches)]
+    # The tensor memory accelerator has too few dimensions for layers, too.
+    caches = [jax.new_ref(cache.reshape(-1, *cache.shape[2:])) for cache in (k_cache, v_cache)]
+    blocks = k_cache.shape[1]
+    first_block = jnp.asarray(layer * blocks, jnp.int32)[None]
     norms = {"q_norm": q_norm if r else None, "k_norm": k_norm}
     norms = {name: norm for name, norm in norms.items() if norm is not None}
     mesh = plgpu.Mesh(
@@ -90,9 +94,8 @@ def kv_cache_update(
         kernel_name="kv_cache_update",
     )
 
-    def body(qkv_gmem, cos_gmem, sin_gmem, slots_gmem, *refs):
+    def body(qkv_gmem, cos_gmem, sin_gmem, slots_gmem, first_gmem, *refs):
         weights = dict(zip(norms, refs, strict=False))
-        written = refs[len(weights) :]
         tile = functools.partial(plgpu.SMEM, dtype=qkv.dtype)
         angles = plgpu.SMEM((TOKENS, D // 2), jnp.float32)
         pl.run_scoped(
@@ -102,10 +105,10 @@ def kv_cache_update(
                 cos_gmem,
                 sin_gmem,
                 slots_gmem,
+                first_gmem,
                 weights,
-                written[:L],
-                written[L : 2 * L],
-                *written[2 * L :],
+                *refs[len(weights) :],
+                blocks=blocks,
                 epsilon=epsilon,
                 config=config,
             ),
@@ -127,10 +130,10 @@ def kv_cache_update(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
         interpret=interpret or False,
-    )(qkv, cos, sin, slot_mapping, *norms.values(), *caches)
+    )(qkv, cos, sin, slot_mapping, first_block, *norms.values(), *caches)
     q = out[0].reshape(T, G * L * r, D) if r else jnp.zeros((T, 0, D), qkv.dtype)
-    caches = tuple(jax.freeze(cache) for cache in caches)
-    return q, caches[:L], caches[L:]
+    k_cache, v_cache = (jax.freeze(cache).reshape(k_cache.shape) for cache in caches)
+    return q, k_cache, v_cache
 
 
 def _body(
@@ -138,11 +141,13 @@ def _body(
     cos_gmem,  # [T, D / 2]
     sin_gmem,  # [T, D / 2]
     slots_gmem,  # [T]
+    first_gmem,  # [1], the first layer's first block
     norms_gmem,  # those of "q_norm", "k_norm" that there are: [L, D]
-    k_caches_gmem,  # L times [blocks, G, block_size, D], written
-    v_caches_gmem,  # L times [blocks, G, block_size, D], written
+    k_cache_gmem,  # [layers * blocks, G, block_size, D], written
+    v_cache_gmem,  # [layers * blocks, G, block_size, D], written
     q_out_gmem=None,  # [T, G, L, r, D], if there are queries
     *,
+    blocks: int,
     epsilon: float,
     config: Config,
     q_smem,
@@ -153,7 +158,7 @@ def _body(
     barrier,
 ):
     T, _, _, rows, D = qkv_gmem.shape
-    r, half, block_size = rows - 2, D // 2, k_caches_gmem[0].shape[2]
+    r, half, block_size = rows - 2, D // 2, k_cache_gmem.shape[2]
     layer = lax.axis_index("layer")
     first = lax.axis_index("tile") * TOKENS
     tokens = pl.ds(first, TOKENS)  # past the last token TMA reads zeros and writes nothing
@@ -212,16 +217,13 @@ def _body(
     if q_out_gmem is not None:
         plgpu.copy_smem_to_gmem(q_smem, q_out_gmem.at[tokens, mine, layer])
 
-    def write(k_cache_gmem, v_cache_gmem):
-        for i, slot in enumerate(slots):
+    first_block = first_gmem[0] + layer * blocks
+    for i, slot in enumerate(slots):
 
-            @pl.when(slot >= 0)
-            def _(i=i, slot=slot):
-                block, offset = lax.div(slot, block_size), lax.rem(slot, block_size)
-                plgpu.copy_smem_to_gmem(k_smem.at[i], k_cache_gmem.at[block, mine, offset])
-                plgpu.copy_smem_to_gmem(v_smem.at[i], v_cache_gmem.at[block, mine, offset])
-
-    for i, caches in enumerate(zip(k_caches_gmem, v_caches_gmem, strict=True)):
-        pl.when(layer == i)(functools.partial(write, *caches))
+        @pl.when(slot >= 0)
+        def _(i=i, slot=slot):
+            block, offset = first_block + lax.div(slot, block_size), lax.rem(slot, block_size)
+            plgpu.copy_smem_to_gmem(k_smem.at[i], k_cache_gmem.at[block, mine, offset])
+            plgpu.copy_smem_to_gmem(v_smem.at[i], v_cache_gmem.at[block, mine, offset])
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

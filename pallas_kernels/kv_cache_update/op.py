@@ -11,15 +11,16 @@ def kv_cache_update(
     qkv: Float[Array, "T G L r+2 D"],
     cos: Float[Array, "T D/2"],
     sin: Float[Array, "T D/2"],
-    k_caches: tuple[Float[Array, "blocks G block_size D"], ...],
-    v_caches: tuple[Float[Array, "blocks G block_size D"], ...],
+    k_cache: Float[Array, "layers blocks G block_size D"],
+    v_cache: Float[Array, "layers blocks G block_size D"],
+    layer: Int[Array, ""],
     slot_mapping: Int[Array, " T"],
     *,
     q_norm: Float[Array, "L D"] | None = None,
     k_norm: Float[Array, "L D"] | None = None,
     epsilon: float = 0.0,
     implementation: str | None = None,
-) -> tuple[Float[Array, "T G*L*r D"], tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[Float[Array, "T G*L*r D"], Array, Array]:
     """Rotate queries and keys of a fused projection; write keys and values into their slots.
 
     The projection of L layers comes as the matrix product leaves it: for each token, key/value head
@@ -37,8 +38,9 @@ def kv_cache_update(
         qkv: queries and keys before the rotary embedding, in the half-split order of Hugging Face.
         cos: cosines of the tokens' angles, float32.
         sin: sines, float32.
-        k_caches: keys of all blocks, one array a layer.
-        v_caches: values of all blocks, likewise.
+        k_cache: keys of all layers and blocks.
+        v_cache: values, likewise.
+        layer: the first of the L layers, which are neighbours.
         slot_mapping: where each token goes, in every layer.
         q_norm: weights of a root-mean-square norm over D of each query before the rotation.
         k_norm: the same for each key.
@@ -52,16 +54,15 @@ def kv_cache_update(
         ValueError: shapes do not fit each other; the values are in the message.
     """
     T, G, L, rows, D = qkv.shape
-    shapes = {cache.shape for cache in (*k_caches, *v_caches)}
-    if len(k_caches) != L or len(v_caches) != L or len(shapes) != 1 or rows < 2:
-        raise ValueError(f"{qkv.shape=}, {len(k_caches)=}, {len(v_caches)=}, {shapes=}")
-    if k_caches[0].shape[1::2] != (G, D):
-        raise ValueError(f"{qkv.shape=} does not fit {k_caches[0].shape=}")
+    if k_cache.shape != v_cache.shape or k_cache.shape[2::2] != (G, D) or rows < 2:
+        raise ValueError(f"{qkv.shape=}, {k_cache.shape=} and {v_cache.shape=} do not fit")
+    if k_cache.shape[0] < L:
+        raise ValueError(f"{qkv.shape=} has more layers than {k_cache.shape=}")
     if slot_mapping.shape != (T,) or not cos.shape == sin.shape == (T, D // 2):
         raise ValueError(f"{slot_mapping.shape=}, {cos.shape=}, {sin.shape=} and {qkv.shape=}")
     if any(norm is not None and norm.shape != (L, D) for norm in (q_norm, k_norm)):
         raise ValueError(f"{q_norm=} and {k_norm=} do not fit {qkv.shape=}")
-    arrays = (qkv, cos, sin, k_caches, v_caches, slot_mapping)
+    arrays = (qkv, cos, sin, k_cache, v_cache, layer, slot_mapping)
     norms = {"q_norm": q_norm, "k_norm": k_norm, "epsilon": epsilon}
     reason = mosaic_gpu_unsupported(*arrays, **norms)
     preferred = "xla" if reason else "mosaic_gpu"
@@ -74,10 +75,10 @@ def kv_cache_update(
 
 
 def mosaic_gpu_unsupported(
-    qkv: Array, cos: Array, sin: Array, k_caches: tuple[Array, ...], *_: object, **__: object
+    qkv: Array, cos: Array, sin: Array, k_cache: Array, *_: object, **__: object
 ) -> str | None:
     """Return why `"mosaic_gpu"` does not take these arguments of `kv_cache_update`, or `None`.
 
     With `implementation=None` such calls go to `"xla"`. Only shapes and dtypes are looked at.
     """
-    return mosaic_gpu.unsupported(qkv, k_caches[0])
+    return mosaic_gpu.unsupported(qkv, k_cache)

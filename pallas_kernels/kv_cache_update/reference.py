@@ -8,31 +8,31 @@ def kv_cache_update(
     qkv: Array,
     cos: Array,
     sin: Array,
-    k_caches: tuple[Array, ...],
-    v_caches: tuple[Array, ...],
+    k_cache: Array,
+    v_cache: Array,
+    layer: Array,
     slot_mapping: Array,
     q_norm: Array | None,
     k_norm: Array | None,
     epsilon: float,
-) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[Array, Array, Array]:
     """See `op.kv_cache_update`."""
-    T, _, _, rows, D = qkv.shape
-    blocks, _, block_size, _ = k_caches[0].shape
+    T, _, L, rows, D = qkv.shape
+    _, blocks, _, block_size, _ = k_cache.shape
     q, k, v = jnp.split(qkv, [rows - 2, rows - 1], axis=3)
     q = _rotate(_normalize(q, q_norm, epsilon), cos, sin).astype(qkv.dtype)
-    k = _rotate(_normalize(k, k_norm, epsilon), cos, sin).astype(k_caches[0].dtype)
-    v = jnp.where(jnp.isfinite(v), v, 0).astype(v_caches[0].dtype)
+    k = _rotate(_normalize(k, k_norm, epsilon), cos, sin).astype(k_cache.dtype)
+    v = jnp.where(jnp.isfinite(v), v, 0).astype(v_cache.dtype)
     # A negative index would wrap around; one past the end is dropped.
     block = jnp.where(slot_mapping < 0, blocks, slot_mapping // block_size)
     offset = slot_mapping % block_size
 
-    def write(caches: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        return tuple(
-            cache.at[block, :, offset].set(new[:, :, layer, 0], mode="drop")
-            for layer, cache in enumerate(caches)
-        )
+    def write(cache: Array, new: Array) -> Array:
+        for i in range(L):
+            cache = cache.at[layer + i, block, :, offset].set(new[:, :, i, 0], mode="drop")
+        return cache
 
-    return q.reshape(T, -1, D), write(k_caches, k), write(v_caches, v)
+    return q.reshape(T, -1, D), write(k_cache, k), write(v_cache, v)
 
 
 def _normalize(x: Array, weight: Array | None, epsilon: float) -> Array:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LAYER = 1  # of the two that the caches have
+
 # Largest difference in one element, relative to 1 + |expected|. The outputs are averages of
 # standard normal values, so this is a few units in the last place of the stored weights.
 TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}
@@ -174,8 +176,8 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
     """Return the positional and keyword arguments of `op.paged_attention` for a case.
 
     Blocks are shuffled over a pool larger than needed. With `poison`, everything that must not be
-    read as data is NaN in the keys and `poison` in the values: the unused blocks, and the slots
-    past a sequence's length inside its last block.
+    read as data is NaN in the keys and `poison` in the values: the other layer, the unused blocks,
+    and the slots past a sequence's length inside its last block.
     """
     rng = np.random.default_rng(seed)
     query_lens = np.array([queries for queries, _ in case.sequences], np.int32)
@@ -200,15 +202,16 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
         rows = int(starts[-1]) + case.padding_rows
     keys = jax.random.split(jax.random.key(seed), 3)
     dtype = jnp.dtype(case.dtype)
-    cache = (pool, case.kv_heads, case.block_size, case.head_dim)
+    cache = (2, pool, case.kv_heads, case.block_size, case.head_dim)
     q = jax.random.normal(keys[0], (rows, case.heads, case.head_dim), dtype)
     k_cache = jax.random.normal(keys[1], cache, dtype)
     v_cache = jax.random.normal(keys[2], cache, dtype)
     if poison is not None:
         mask = jnp.asarray(valid)[:, None, :, None]
+        mask = mask & (jnp.arange(2) == LAYER)[:, None, None, None, None]
         k_cache = jnp.where(mask, k_cache, jnp.asarray(np.nan, dtype))
         v_cache = jnp.where(mask, v_cache, jnp.asarray(poison, dtype))
-    indices = [tables, starts, seq_lens]
+    indices = [np.int32(LAYER), tables, starts, seq_lens]
     if case.drafts:
         indices.append(_draft_mask(case, rows, starts))
     indices = map(jnp.asarray, indices)
@@ -237,13 +240,15 @@ def _draft_mask(case: Case, rows: int, starts: np.ndarray) -> np.ndarray:
 
 def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
     """Return the output in float64, one query and head at a time; NaN where it is unspecified."""
-    q, k_cache, v_cache, tables, starts, seq_lens, *mask = (np.asarray(a) for a in arguments)
+    q, k_cache, v_cache, layer, tables, starts, seq_lens, *mask = (np.asarray(a) for a in arguments)
     out = np.full(q.shape, np.nan, np.float64)
     group = case.heads // case.kv_heads
     for s, length in enumerate(seq_lens):
         last = starts[s] + (length > 0) if keywords["max_query_len"] == 1 else starts[s + 1]
         k, v = (
-            np.swapaxes(cache[tables[s]], 1, 2).reshape(-1, case.kv_heads, case.head_dim)[:length]
+            np.swapaxes(cache[layer, tables[s]], 1, 2).reshape(-1, case.kv_heads, case.head_dim)[
+                :length
+            ]
             for cache in (k_cache.astype(np.float64), v_cache.astype(np.float64))
         )
         for row in range(starts[s], last):

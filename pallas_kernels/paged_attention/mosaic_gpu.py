@@ -70,7 +70,7 @@ def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size:
 def unsupported(q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct) -> str | None:
     """Return why neither this kernel nor the prefill kernel takes the shapes, or `None`."""
     H, D = q.shape[1:]
-    KV, block_size = k_cache.shape[1:3]
+    KV, block_size = k_cache.shape[2:4]
     if q.dtype != k_cache.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"queries are {q.dtype}, the cache is {k_cache.dtype}; both must be one 16-bit type"
     if D not in (64, 128, 256):
@@ -98,6 +98,7 @@ def decode(
     q: Array,
     k_cache: Array,
     v_cache: Array,
+    layer: Array,
     block_tables: Array,
     query_start_loc: Array,
     seq_lens: Array,
@@ -113,7 +114,7 @@ def decode(
     """See `op.paged_attention`; `max_query_len * H / KV` is at most 64."""
     T, H, D = q.shape
     S, B = block_tables.shape
-    KV, block_size = k_cache.shape[1:3]
+    KV, block_size = k_cache.shape[2:4]
     G, Q = H // KV, max_query_len
     config = config or choose_config(S, KV, D, B, block_size)
     splits = config.splits
@@ -176,7 +177,14 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
         kernel_name="paged_attention_decode",
-    )(rows, k_cache, v_cache, block_tables, query_start_loc, seq_lens, *masks)
+    )(
+        rows,
+        *all_blocks(k_cache, v_cache, layer),
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        *masks,
+    )
     if splits == 1:
         return outputs[0]
     return plgpu.kernel(
@@ -188,6 +196,16 @@ def decode(
         interpret=interpret,
         kernel_name="paged_attention_merge",
     )(*outputs, query_start_loc, seq_lens)
+
+
+def all_blocks(k_cache: Array, v_cache: Array, layer: Array) -> tuple[Array, Array, Array]:
+    """Return the caches `[layers * blocks, KV, block_size, D]`, and `[1]`: where a layer begins.
+
+    The tensor memory accelerator has too few dimensions for one more.
+    """
+    first_block = jnp.asarray(layer * k_cache.shape[1], jnp.int32)
+    k_cache, v_cache = (cache.reshape(-1, *cache.shape[2:]) for cache in (k_cache, v_cache))
+    return k_cache, v_cache, first_block[None]
 
 
 def _row_layout(D: int):
@@ -229,15 +247,18 @@ def visible_keys(distance, mask, hidden, window):
     return visible if window is None else visible & (distance - by_key(hidden) < window)
 
 
-def _decode_body(*refs, config: Config, group: int, queries: int, is_masked: bool, **more):
+def _decode_body(
+    q_gmem, k_gmem, v_gmem, first_gmem, tables_gmem, starts_gmem, lens_gmem, *more_gmem, **options
+):
     """Attend, but for an empty slot: that takes a thread block 7 us, and returning less than 1."""
-    lens_gmem, out_gmem = refs[5], refs[6 + is_masked]
+    out_gmem = more_gmem[options["is_masked"]]
+    config, group, queries = (options[name] for name in ("config", "group", "queries"))
     sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
-    options = {"config": config, "group": group, "queries": queries, "is_masked": is_masked}
 
     @pl.when(lens_gmem[sequence] > 0)
     def _():
-        _attend(*refs, **options, **more)
+        caches = (k_gmem, v_gmem, first_gmem, tables_gmem)
+        _attend(q_gmem, *caches, starts_gmem, lens_gmem, *more_gmem, **options)
 
     if queries == 1 and config.splits == 1:  # the slot has a row all the same, to be finite
 
@@ -249,8 +270,9 @@ def _decode_body(*refs, config: Config, group: int, queries: int, is_masked: boo
 
 def _attend(
     q_gmem,  # [S, rows, D]
-    k_gmem,  # [blocks, KV, block_size, D]
-    v_gmem,  # [blocks, KV, block_size, D]
+    k_gmem,  # [layers * blocks, KV, block_size, D]
+    v_gmem,  # [layers * blocks, KV, block_size, D]
+    first_gmem,  # [1], the layer's first block
     tables_gmem,  # [S, B]
     starts_gmem,  # [S + 1]
     lens_gmem,  # [S]
@@ -291,7 +313,7 @@ def _attend(
         q_barrier,
     )
 
-    length = lens_gmem[sequence]
+    first_block, length = first_gmem[0], lens_gmem[sequence]
     start, query_len = _queries(sequence, starts_gmem, queries)
     last_tile = lax.div(length + (tile - 1), tile)
     first_tile = 0
@@ -310,7 +332,7 @@ def _attend(
         for i in range(tile // block_size):
             index = jnp.minimum((begin + step) * (tile // block_size) + i, last_block)
             plgpu.copy_gmem_to_smem(
-                cache_gmem.at[tables_gmem[sequence, index], head],
+                cache_gmem.at[first_block + tables_gmem[sequence, index], head],
                 tile_smem.at[slot, pl.ds(i * block_size, block_size)],
                 barriers.at[slot],
             )

@@ -18,7 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from arctic_jax.pallas_kernels.paged_attention import mosaic_gpu
-from arctic_jax.pallas_kernels.paged_attention.mosaic_gpu import load_masks, visible_keys
+from arctic_jax.pallas_kernels.paged_attention.mosaic_gpu import (
+    all_blocks,
+    load_masks,
+    visible_keys,
+)
 from arctic_jax.pallas_kernels.paged_attention.reference import MASK_BITS, num_hidden
 
 ROWS = 64  # of one compute warpgroup
@@ -69,6 +73,7 @@ def mixed(
     q: Array,
     k_cache: Array,
     v_cache: Array,
+    layer: Array,
     block_tables: Array,
     query_start_loc: Array,
     seq_lens: Array,
@@ -84,7 +89,7 @@ def mixed(
     """See `op.paged_attention`."""
     T, H, D = q.shape
     S = len(seq_lens)
-    KV, block_size = k_cache.shape[1:3]
+    KV, block_size = k_cache.shape[2:4]
     config = config or choose_config(D)
     query_lens = jnp.diff(query_start_loc)
 
@@ -151,8 +156,7 @@ def mixed(
         kernel_name="paged_attention_prefill",
     )(
         jnp.pad(q, ((0, -T % 8), (0, 0), (0, 0))),
-        k_cache,
-        v_cache,
+        *all_blocks(k_cache, v_cache, layer),
         block_tables,
         query_start_loc,
         seq_lens,
@@ -166,6 +170,7 @@ def mixed(
         q[jnp.minimum(query_start_loc[:-1], T - 1)],
         k_cache,
         v_cache,
+        layer,
         block_tables,
         jnp.arange(S + 1, dtype=jnp.int32),
         jnp.where(query_lens == 1, seq_lens, 0),
@@ -227,8 +232,9 @@ def _item(
 
 def _body(
     q_gmem,  # [T rounded up to 8, H, D]
-    k_gmem,  # [blocks, KV, block_size, D]
-    v_gmem,  # [blocks, KV, block_size, D]
+    k_gmem,  # [layers * blocks, KV, block_size, D]
+    v_gmem,  # [layers * blocks, KV, block_size, D]
+    first_gmem,  # [1], the layer's first block
     tables_gmem,  # [S, B]
     starts_gmem,  # [S + 1]
     lens_gmem,  # [S]
@@ -273,14 +279,16 @@ def _body(
             run(item)
 
     def load(item: _Item):
-        steps = item.end - item.begin
+        first_block, steps = first_gmem[0], item.end - item.begin
         last_block = lax.div(item.length + (block_size - 1), block_size) - 1
 
         def fetch(i, slot, cache_gmem, tile_smem, barriers):
             for j in range(tile // block_size):
                 index = jnp.minimum((item.begin + i) * (tile // block_size) + j, last_block)
                 plgpu.copy_gmem_to_smem(
-                    cache_gmem.at[tables_gmem[item.sequence, index], lax.div(head, group)],
+                    cache_gmem.at[
+                        first_block + tables_gmem[item.sequence, index], lax.div(head, group)
+                    ],
                     tile_smem.at[slot, pl.ds(j * block_size, block_size)],
                     barriers.at[slot],
                 )

@@ -10,8 +10,9 @@ from arctic_jax.pallas_kernels.paged_attention.reference import MASK_BITS
 
 def paged_attention(
     q: Float[Array, "T H D"],
-    k_cache: Float[Array, "blocks KV block_size D"],
-    v_cache: Float[Array, "blocks KV block_size D"],
+    k_cache: Float[Array, "layers blocks KV block_size D"],
+    v_cache: Float[Array, "layers blocks KV block_size D"],
+    layer: Int[Array, ""],
     block_tables: Int[Array, "S B"],
     query_start_loc: Int[Array, " S+1"],
     seq_lens: Int[Array, " S"],
@@ -34,8 +35,9 @@ def paged_attention(
 
     Args:
         q: queries, rotated, of all sequences one after another.
-        k_cache: keys, one contiguous `[block_size, D]` tile a block and head.
+        k_cache: keys of all layers, one contiguous `[block_size, D]` tile a block and head.
         v_cache: values, likewise.
+        layer: whose keys and values.
         block_tables: block ids of each sequence in order; entries past its length are not read
             as data but must be valid ids.
         query_start_loc: where each sequence's queries begin, non-decreasing, ends with the number
@@ -58,8 +60,8 @@ def paged_attention(
     """
     T, H, D = q.shape
     S, _ = block_tables.shape
-    KV = k_cache.shape[1]
-    if k_cache.shape != v_cache.shape or k_cache.shape[3] != D:
+    KV = k_cache.shape[2]
+    if k_cache.shape != v_cache.shape or k_cache.shape[4] != D:
         raise ValueError(f"{q.shape=}, {k_cache.shape=} and {v_cache.shape=} do not fit")
     if H % KV:
         raise ValueError(f"{H} query heads are not a multiple of {KV} key/value heads")
@@ -72,7 +74,7 @@ def paged_attention(
     least = 1 if draft_mask is None else MASK_BITS
     if sliding_window is not None and sliding_window < least:
         raise ValueError(f"{sliding_window=} must be at least {least}, or None")
-    arrays = (q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, draft_mask)
+    arrays = (q, k_cache, v_cache, layer, block_tables, query_start_loc, seq_lens, draft_mask)
     options = {
         "max_query_len": max_query_len,
         "scale": scale,

@@ -18,6 +18,7 @@ def paged_attention(
     q: Array,
     k_cache: Array,
     v_cache: Array,
+    layer: Array,
     block_tables: Array,
     query_start_loc: Array,
     seq_lens: Array,
@@ -30,7 +31,7 @@ def paged_attention(
 ) -> Array:
     """See `op.paged_attention`."""
     T, H, D = q.shape
-    KV, block_size = k_cache.shape[1:3]
+    KV, block_size = k_cache.shape[2:4]
     blocks_per_chunk = max(1, CHUNK // block_size)
     chunk = blocks_per_chunk * block_size
     padding = -block_tables.shape[1] % blocks_per_chunk
@@ -50,8 +51,8 @@ def paged_attention(
         def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             acc, row_max, row_sum = carry
             ids = lax.dynamic_slice_in_dim(tables, i * blocks_per_chunk, blocks_per_chunk, 1)
-            k = jnp.swapaxes(k_cache[ids], 1, 2).reshape(N, KV, chunk, D)
-            v = jnp.swapaxes(v_cache[ids], 1, 2).reshape(N, KV, chunk, D)
+            k = jnp.swapaxes(k_cache[layer, ids], 1, 2).reshape(N, KV, chunk, D)
+            v = jnp.swapaxes(v_cache[layer, ids], 1, 2).reshape(N, KV, chunk, D)
             scores = _dot(q, k, ((3,), (3,))) * scale  # [N, KV, G*Q, chunk]
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)

@@ -76,8 +76,8 @@ def test_kernels_are_lowered_where_there_is_no_gpu(with_draft_model: bool, tmp_p
     drafting = program.drafting
     if isinstance(drafting, ModelDrafting):
         drafting = replace(drafting, config=model_config, block_size=16)
-    layers = tuple(replace(layer, head_dim=64) for layer in program.cache.layers)
-    cache = replace(program.cache, layers=layers, block_size=16, dtype=jnp.dtype("bfloat16"))
+    models = tuple(replace(model, head_dim=64) for model in program.cache.models)
+    cache = replace(program.cache, models=models, block_size=16, dtype=jnp.dtype("bfloat16"))
     program = replace(program, model_config=model_config, drafting=drafting, cache=cache)
     with dispatch.lowering_for_hopper():
         exported = jax.export.deserialize(bytearray(program.export(step, mesh, "cuda")))

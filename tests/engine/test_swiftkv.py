@@ -192,7 +192,7 @@ def test_across_kv_saves_cache_memory() -> None:
             max_model_len=2048,
         )
         spec = engine.runner.cache_spec
-        caches = jax.tree.leaves(engine.runner.cache)
+        caches = jax.tree.leaves(engine.runner.caches)
         assert sum(c.nbytes for c in caches) == spec.bytes_per_block * engine.runner.num_blocks
         found[lower, group] = spec.bytes_per_block, engine.runner.num_blocks
     base_bytes, base_blocks = found[8, 1]

@@ -143,7 +143,7 @@ def test_rows_of_drafts() -> None:
     prompts, drafts = [prompt_of(30, seed) for seed in range(4)], [3, 0, 5, 1]
     steps = steps_of(config)
     blocks = [[0, 1], [2, 3], [4, 5], [6, 7]]
-    steps.cache = jax.tree.map(lambda c: jnp.full((8, *c.shape[1:]), UNWRITTEN), steps.cache)
+    steps.clear(8)
     steps.run([Chunk(p[:known], 0, 1, b) for p, b in zip(prompts, blocks, strict=True)])
     chunks = [
         Chunk(p[known : known + 1 + k], known, 1 + k, b)
@@ -164,9 +164,9 @@ def test_padding_changes_nothing() -> None:
     assert_close(one, other, 1e-6)
     for a, b in zip(jax.tree.leaves(alone.cache), jax.tree.leaves(padded.cache), strict=True):
         assert_close(a, b, 1e-6)
-        assert (b[3:] == UNWRITTEN).all()
-        assert (b[1][:, 8:] == UNWRITTEN).all()
-        assert (b[1][:, :8] != UNWRITTEN).all()
+        assert (b[:, 3:] == UNWRITTEN).all()
+        assert (b[:, 1, :, 8:] == UNWRITTEN).all()
+        assert (b[:, 1, :, :8] != UNWRITTEN).all()
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -188,14 +188,14 @@ def test_the_bulk_write_equals_writes_of_single_layers(group: int) -> None:
     for i in range(layers):
         one = linear(upper.norm(x), upper.weight[:, i], upper.bias[:, i], gated=False)
         one = one.reshape(5, -1, 1, 2, CONFIG["head_dim"])
-        k, v = steps.cache.k[2 + i], steps.cache.v[2 + i]
-        _, (k,), (v,) = kv_cache_update(one, *rope, (k,), (v,), batch.slot_mapping)
-        assert_close(bulk.k[2 + i], k, 1e-6)
-        assert_close(bulk.v[2 + i], v, 1e-6)
-        written = (np.asarray(k) != UNWRITTEN).any(axis=(1, 3)).reshape(-1)
+        before, layer = steps.cache, jnp.int32(2 + i)
+        _, k, v = kv_cache_update(one, *rope, before.k, before.v, layer, batch.slot_mapping)
+        assert_close(bulk.k[2 + i], k[2 + i], 1e-6)
+        assert_close(bulk.v[2 + i], v[2 + i], 1e-6)
+        written = (np.asarray(k[2 + i]) != UNWRITTEN).any(axis=(1, 3)).reshape(-1)
         assert np.flatnonzero(written).tolist() == [3, 40, 41, 95]
-    for before, after in zip(steps.cache.k[:2], bulk.k[:2], strict=True):
-        assert after is before
+    assert (bulk.k[:2] == UNWRITTEN).all()
+    assert (bulk.v[:2] == UNWRITTEN).all()
 
 
 class _SlotsOnly:

@@ -44,10 +44,10 @@ def logits_of(directory: Path, config: dict, token_ids: np.ndarray) -> np.ndarra
     views["query_start_loc"][:] = [0, n]
     views["seq_lens"][:] = n
     views["block_tables"][0] = range(4)
-    shape = (4, model.num_kv_groups, 16, model_config.head_dim)
-    layers = tuple(np.zeros(shape, np.float32) for _ in range(model_config.num_hidden_layers))
+    heads, head_dim = model.num_kv_groups, model_config.head_dim
+    empty = np.zeros((model_config.num_hidden_layers, 4, heads, 16, head_dim), np.float32)
     out, _ = jax.jit(lambda m, p, c: m(unpack(p, bucket, 4), c, shift(1, 1)))(
-        model, packed, KVCache(layers, layers)
+        model, packed, KVCache(empty, empty)
     )
     return np.asarray(out)
 
