@@ -1,10 +1,12 @@
 """A tiny random model in memory, and engines of it in any shape."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -135,3 +137,13 @@ def run(engine: Engine, max_steps: int = 10_000) -> dict[str, RequestOutput]:
             if output.finished:
                 done[output.request_id] = output
     raise AssertionError(f"still running after {max_steps} steps")
+
+
+def check_caches_are_updated_in_place(engine: EngineCore) -> None:
+    """No program copies a cache: that would cost more than the step."""
+    arrays = jax.tree.leaves(engine.runner.caches)
+    shapes = {",".join(map(str, a.addressable_shards[0].data.shape)) for a in arrays}
+    for layout, bucket in engine.runner.picker.steps:
+        text = engine.runner.programs.hlo(layout, bucket)
+        assert shapes <= set(re.findall(r"\[([\d,]+)\]", text))
+        assert shapes.isdisjoint(re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)), bucket

@@ -26,6 +26,10 @@ def kv_cache_update(
     # A negative index would wrap around; one past the end is dropped.
     block = jnp.where(slot_mapping < 0, blocks, slot_mapping // block_size)
     offset = slot_mapping % block_size
+    if T == 1:
+        # Twice, so that it is a scatter: XLA fuses an update of one place into the attention that
+        # reads it, and then copies the whole cache.
+        k, v, block, offset = (jnp.repeat(x, 2, axis=0) for x in (k, v, block, offset))
 
     def write(cache: Array, new: Array) -> Array:
         for i in range(L):

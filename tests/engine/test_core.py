@@ -8,7 +8,14 @@ import plain_model
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_engine import CONFIG, GREEDY, make_engine, make_tensors, run
+from tiny_engine import (
+    CONFIG,
+    GREEDY,
+    check_caches_are_updated_in_place,
+    make_engine,
+    make_tensors,
+    run,
+)
 
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.errors import InvalidRequestError
@@ -41,6 +48,10 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
 
 def greedy(max_tokens: int) -> SamplingParams:
     return dataclasses.replace(GREEDY, max_tokens=max_tokens)
+
+
+def test_caches_are_updated_in_place(engine: EngineCore) -> None:
+    check_caches_are_updated_in_place(engine)
 
 
 def test_logits_are_those_of_the_plain_model(engine: EngineCore) -> None:

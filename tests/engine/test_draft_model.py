@@ -22,7 +22,13 @@ from speculation_cases import (
     greedy,
 )
 from swiftkv_model import swiftkv_config, swiftkv_tensors
-from tiny_engine import CONFIG, make_engine, make_tensors, write_files
+from tiny_engine import (
+    CONFIG,
+    check_caches_are_updated_in_place,
+    make_engine,
+    make_tensors,
+    write_files,
+)
 
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.request import Request
@@ -79,6 +85,10 @@ def swiftkv_hybrid(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
     path = write_files(tmp_path_factory.mktemp("student"), config, similar(tensors))
     options = {"num_blocks": 26, "max_num_seqs": 2, "max_num_batched_tokens": 16}
     return drafting(path, config, tensors, more={"enable_suffix_decoding": True}, **options)
+
+
+def test_caches_are_updated_in_place(swiftkv_hybrid: EngineCore) -> None:
+    check_caches_are_updated_in_place(swiftkv_hybrid)
 
 
 @pytest.mark.parametrize(

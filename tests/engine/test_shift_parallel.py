@@ -13,7 +13,14 @@ import plain_model
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_engine import CONFIG, GREEDY, make_engine, make_tensors, run
+from tiny_engine import (
+    CONFIG,
+    GREEDY,
+    check_caches_are_updated_in_place,
+    make_engine,
+    make_tensors,
+    run,
+)
 
 from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 from arctic_jax.engine.core import EngineCore
@@ -242,6 +249,7 @@ def test_collectives_of_the_programs() -> None:
                 "all-gather": 2,  # of the tokens, where the batch narrows, and of the logits
             }
         assert matrices.isdisjoint(re.findall(r"= f32\[([\d,]+)\]\S* copy\(", text))
+    check_caches_are_updated_in_place(engine)
 
 
 @settings(max_examples=200, deadline=None)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from swiftkv_model import prompt_of, swiftkv_config, swiftkv_tensors
-from tiny_engine import CONFIG, GREEDY, make_engine, run
+from tiny_engine import CONFIG, GREEDY, check_caches_are_updated_in_place, make_engine, run
 
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.errors import InvalidRequestError
@@ -155,6 +155,7 @@ def test_collectives_of_the_programs() -> None:
                 "reduce-scatter": 1,
                 "all-gather": 2,
             }
+    check_caches_are_updated_in_place(engine)
 
 
 def test_weights_are_not_stored_twice() -> None:
