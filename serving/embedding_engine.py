@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jax import Array
 
+from arctic_jax import host_copies
 from arctic_jax.config import EngineConfig
 from arctic_jax.embedding.embedder import MAX_IN_FLIGHT, Embedder, EmbeddingParams
 from arctic_jax.embedding.packing import Packer, Plan
@@ -318,7 +319,7 @@ class _Desk:
 
     def deliver(self, plan: Plan, vectors: Array) -> None:
         """Wait for a batch and put its rows where they belong."""
-        for number, row in zip(plan.lengths, np.asarray(vectors), strict=False):
+        for number, row in zip(plan.lengths, host_copies.finish(vectors), strict=False):
             part, i = self._owners.pop(number)
             part.rows[i] = row
             part.missing -= 1

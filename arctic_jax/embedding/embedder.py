@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from jax import Array
 
+from arctic_jax import host_copies
 from arctic_jax.config import EngineConfig
 from arctic_jax.embedding.packing import Packer, Plan
 from arctic_jax.embedding.runner import EncoderRunner
@@ -127,7 +128,7 @@ class Embedder:
             nonlocal done
             while len(in_flight) > most:
                 plan, vectors = in_flight.popleft()
-                rows[list(plan.lengths)] = np.asarray(vectors)[: len(plan.lengths)]
+                rows[list(plan.lengths)] = host_copies.finish(vectors)[: len(plan.lengths)]
                 done += len(plan.lengths)
                 report("Embedding", done, len(texts))
 

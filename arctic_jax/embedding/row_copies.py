@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
+from arctic_jax import host_copies
 from arctic_jax.encoder_batch import EncoderBucket
 
 SHARES = (16, 4, 1)
@@ -42,7 +43,7 @@ class RowCopies:
         """Start to copy the first `count` rows of `vectors [S, dimension]`, or some more."""
         rows = next(rows for rows in _sizes(bucket) if rows >= count)
         copied = self._programs[bucket, rows](vectors)
-        copied.copy_to_host_async()
+        host_copies.start(copied)
         return copied
 
 

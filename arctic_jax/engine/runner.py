@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from arctic_jax import host_copies
 from arctic_jax.batch import (
     Bucket,
     HostOutput,
@@ -86,7 +87,7 @@ class LaunchedStep:
     def wait(self) -> HostOutput:
         """Wait for its results."""
         rows = self.scheduled.num_rows
-        return HostOutput.unpack(np.asarray(self.output), rows, self.num_drafted)
+        return HostOutput.unpack(host_copies.finish(self.output), rows, self.num_drafted)
 
 
 class ModelRunner:
@@ -244,7 +245,7 @@ class ModelRunner:
             step = self.picker.steps.index((layout, bucket))
             self._followers.send(replace(launch, step=step))
         output = self._execute(layout, bucket, launch)
-        output.copy_to_host_async()
+        host_copies.start(output)
         tokens = bucket.num_tokens
         return LaunchedStep(scheduled, layout, tokens, launched, output, self._num_drafted)
 
