@@ -169,6 +169,7 @@ def _body(
     plgpu.copy_gmem_to_smem(qkv_gmem.at[tokens, mine, layer, r + 1], v_smem, barrier)
     plgpu.copy_gmem_to_smem(cos_gmem.at[tokens], cos_smem, barrier)
     plgpu.copy_gmem_to_smem(sin_gmem.at[tokens], sin_smem, barrier)
+    first_block = first_gmem[0] + layer * blocks
     slots = [
         jnp.where(first + i < T, slots_gmem[jnp.minimum(first + i, T - 1)], -1)
         for i in range(TOKENS)
@@ -217,7 +218,6 @@ def _body(
     if q_out_gmem is not None:
         plgpu.copy_smem_to_gmem(q_smem, q_out_gmem.at[tokens, mine, layer])
 
-    first_block = first_gmem[0] + layer * blocks
     for i, slot in enumerate(slots):
 
         @pl.when(slot >= 0)
