@@ -443,6 +443,11 @@ class Request:
         return bool(host_decides or self.draft) or self.verifies or self.all_drawn
 
     @property
+    def waits_for_masks(self) -> bool:
+        """Whether it is still being computed what its grammar allows."""
+        return self.matcher is not None and not (self.matcher.ready or self.status.finished)
+
+    @property
     def is_structured(self) -> bool:
         """Whether its tokens follow a grammar: what may come next is the host's to say."""
         return self.matcher is not None

@@ -76,13 +76,15 @@ class StructuredOutputsConfig:
     """Objects and arrays within each other in a JSON schema."""
     grammar_time_limit: float = 5.0
     """Seconds for compiling one."""
+    mask_time_limit: float = 1.0
+    """Seconds for computing which tokens may come next."""
     grammar_cache_size: int = 128
     """Compiled grammars that are kept for the next request that brings the same."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            kinds = int | float if f.name == "grammar_time_limit" else int
+            kinds = int | float if f.name.endswith("time_limit") else int
             if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
                 raise ValueError(f"{f.name} must be a positive number, got {value!r}")
 
@@ -99,7 +101,29 @@ class GrammarMatcher(Protocol):
         ...
 
     def allowed_prefix(self, tokens: Sequence[int]) -> int:
-        """Return how many of the tokens may come next, one after the other."""
+        """Return how many of the tokens may come next, one after the other; perhaps too few."""
+        ...
+
+    def prepare(self, draft: Sequence[int]) -> None:
+        """Begin to compute the masks of the next token, and of those after each of a draft's."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether nobody has to wait for the masks that `prepare` has begun."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """For how long its masks are being computed; 0 if they are done, or not begun."""
+        ...
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the masks; return `ready`."""
+        ...
+
+    def cancel(self) -> None:
+        """Compute nothing that was not begun: the request has ended."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
 import math
@@ -16,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.embedding.embedder import Embedder
@@ -27,6 +27,7 @@ from arctic_jax.loading.model_files import open_model
 from arctic_jax.models.registry import is_encoder
 from arctic_jax.progress import bars
 from arctic_jax.serving.async_engine import AsyncEngine
+from arctic_jax.serving.connection import Connection
 from arctic_jax.serving.embedding_engine import EmbeddingEngine
 from arctic_jax.serving.metrics import Metrics
 from arctic_jax.serving.served_model import ServedModel
@@ -123,17 +124,6 @@ async def watch(engine: AsyncEngine, timeout: float) -> None:
                 return
 
 
-class IdleLimitedProtocol(H11Protocol):
-    """Closes also connections on which nothing was ever asked, after the keep-alive time."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock, which the first bytes stop."""
-        super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(
-            self.timeout_keep_alive, self.timeout_keep_alive_handler
-        )
-
-
 def bind(host: str, port: int, uds: str | None) -> socket.socket:
     """Take the address, before the model is loaded: it would be a pity to find it in use then.
 
@@ -206,10 +196,13 @@ def measure(model: ServedModel, prefix: str) -> Metrics:
     return metrics
 
 
-def configure(app: Any, **options: Any) -> uvicorn.Config:
+def configure(app: Any, metrics: Metrics, write_timeout: float, **options: Any) -> uvicorn.Config:
     """Make uvicorn's configuration, `options` on top of what is always so."""
+    connection: Any = functools.partial(
+        Connection, write_timeout=write_timeout, on_write_timeout=metrics.write_timed_out
+    )
     return uvicorn.Config(
-        app, http=IdleLimitedProtocol, ws="none", lifespan="off", server_header=False, **options
+        app, http=connection, ws="none", lifespan="off", server_header=False, **options
     )
 
 
@@ -218,13 +211,16 @@ def run(
     listener: socket.socket,
     model: ServedModel,
     engine: AsyncEngine | EmbeddingEngine,
+    metrics: Metrics,
     *,
     shutdown_timeout: float,
     step_timeout: float,
+    write_timeout: float,
     **options: Any,
 ) -> None:
     """Serve until told to stop; `options` are `uvicorn.Config`'s."""
-    server = Server(configure(app, **options), model, shutdown_timeout, step_timeout)
+    config = configure(app, metrics, write_timeout, **options)
+    server = Server(config, model, shutdown_timeout, step_timeout)
     server.run([listener])
     if not stop(engine):
         os._exit(1)  # its thread is stuck in a step, and Python would wait for it

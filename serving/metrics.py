@@ -86,6 +86,7 @@ class Metrics:
         self.prefix = prefix
         self.registry = CollectorRegistry()
         self.num_compilations = 0
+        self.num_write_timeouts = 0
         self._histograms = {
             name: Histogram(prefix + name, text, _LABELS, buckets=buckets, registry=self.registry)
             for name, (text, buckets) in _HISTOGRAMS.items()
@@ -113,6 +114,10 @@ class Metrics:
     def observe(self, name: str, value: float, replica: int = 0) -> None:
         """Put a value of one of several equal engines into a histogram."""
         self._observers[name][replica].observe(value)
+
+    def write_timed_out(self) -> None:
+        """Count a connection that was closed because its client took nothing of its answer."""
+        self.num_write_timeouts += 1
 
     def embedded(self, num_tokens: int, seconds: float) -> None:
         """Count a call that was answered with vectors."""
@@ -213,6 +218,9 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield a family for each figure."""
         yield from self._requests()
+        closed = [[("", self._metrics.num_write_timeouts)]]
+        text = "Connections closed because their clients took nothing of their answers."
+        yield self._counter("write_timeouts", text, None, closed)
         if self.admission is None:
             return
         yield from self._gauges()

@@ -120,6 +120,9 @@ def engine_options(
     grammar_time_limit: Annotated[
         float, _option(help="Seconds for compiling a grammar.")
     ] = StructuredOutputsConfig.grammar_time_limit,
+    mask_time_limit: Annotated[
+        float, _option(help="Seconds for finding out which tokens a grammar allows next.")
+    ] = StructuredOutputsConfig.mask_time_limit,
     grammar_cache_size: Annotated[
         int, _option(help="Compiled grammars that are kept.")
     ] = StructuredOutputsConfig.grammar_cache_size,

@@ -69,6 +69,7 @@ _OF_THE_PROXY = (
     "uds",
     "headless",
     "keep_alive_timeout",
+    "write_timeout",
     "uvicorn_log_level",
     "access_log",
 )

@@ -84,6 +84,7 @@ class Settings:
         metrics_prefix: of metrics' names.
         shutdown_timeout: seconds for calls to finish.
         step_timeout: seconds after which a stuck engine is given up; 0 for never.
+        write_timeout: seconds in which a client has to take something of its answer.
         uvicorn: options of the HTTP server.
         otlp_traces_endpoint: where spans go, if anywhere.
     """
@@ -98,6 +99,7 @@ class Settings:
     metrics_prefix: str
     shutdown_timeout: float
     step_timeout: float
+    write_timeout: float
     uvicorn: dict[str, Any]
     otlp_traces_endpoint: str | None = None
 
@@ -222,6 +224,10 @@ def read_settings(
     body_timeout: Annotated[
         float, _option(min=1, help="Seconds between pieces of a body.", panel=LIMITS)
     ] = 30.0,
+    write_timeout: Annotated[
+        float,
+        _option(min=1, help="Seconds without a client's taking what is sent.", panel=LIMITS),
+    ] = 60.0,
 ) -> Settings:
     """Check the options of `arctic-jax serve`, and return what they say.
 
@@ -291,6 +297,7 @@ def read_settings(
         metrics_prefix=metrics_prefix,
         shutdown_timeout=shutdown_timeout,
         step_timeout=step_timeout,
+        write_timeout=write_timeout,
         uvicorn={
             "timeout_keep_alive": keep_alive_timeout,
             "h11_max_incomplete_event_size": max_header_size,
@@ -329,8 +336,10 @@ def serve(**options: Any) -> None:
             listener,
             model,
             running,
+            metrics,
             shutdown_timeout=settings.shutdown_timeout,
             step_timeout=settings.step_timeout,
+            write_timeout=settings.write_timeout,
             **settings.uvicorn,
         )
     if tracer is not None:

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from arctic_jax import __version__
 from arctic_jax.serving import embeddings, error_responses
@@ -40,6 +41,7 @@ from arctic_jax.serving.served_model import ServedModel
 from arctic_jax.serving.tracing import Tracer, Tracing
 
 CLIENT_GONE = 499  # nginx' number; nobody is there to read it
+PIECE = 64 << 10  # bytes of a large answer that are sent at once
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,23 @@ async def _answer(
 
 
 def _json(answer: CompletionResponse | ChatCompletionResponse | EmbeddingResponse) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return _InPieces(answer.model_dump_json(), media_type="application/json")
+
+
+class _InPieces(Response):
+    """A body of which no more is sent before the client has taken what was sent.
+
+    In one piece all of it would wait behind TLS, where nobody sees whether the client takes it.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything."""
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send(start | {"headers": self.raw_headers})
+        for first in range(0, len(self.body), PIECE):
+            piece = self.body[first : first + PIECE]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _add_tokens(app: FastAPI, model: ServedModel) -> None:

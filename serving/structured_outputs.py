@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from arctic_jax.engine.grammar_compiler import WHITESPACE, Grammar, GrammarCompiler
+from arctic_jax.engine.grammar_compiler import WHITESPACE, GrammarCompiler
+from arctic_jax.engine.grammar_matcher import Grammar
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.serving.error_responses import APIError
 from arctic_jax.serving.protocol import ChatCompletionRequest, SamplingFields

@@ -73,6 +73,7 @@ def serve(
     limits: Limits | None = None,
     shutdown_timeout: float = 5.0,
     step_timeout: float = 0.0,
+    write_timeout: float = 60.0,
     uvicorn_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[LiveServer]:
@@ -85,7 +86,11 @@ def serve(
     listener = lifecycle.bind("127.0.0.1", 0, None)
     port = listener.getsockname()[1]
     config = lifecycle.configure(
-        build_app(model, metrics, http), log_level="critical", **(uvicorn_options or {})
+        build_app(model, metrics, http),
+        metrics,
+        write_timeout,
+        log_level="critical",
+        **(uvicorn_options or {}),
     )
     server = lifecycle.Server(config, model, shutdown_timeout, step_timeout)
     thread = threading.Thread(target=server.run, args=([listener],))

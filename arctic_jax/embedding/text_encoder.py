@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 
 from arctic_jax.errors import InvalidRequestError
+from arctic_jax.loading.tokenizer import bound_cache
 
 Text = str | Sequence[int]
 """A text, or its token ids with all special tokens."""
@@ -36,6 +37,8 @@ class TextEncoder:
         self._whole.no_truncation()
         self._truncating = tokenizers.Tokenizer.from_str(self._whole.to_str())
         self._truncating.enable_truncation(max_length)
+        for copy in (self._whole, self._truncating):
+            bound_cache(copy)
 
     def encode(
         self, texts: Sequence[Text], prompt: str = "", *, truncate: bool = True

@@ -18,7 +18,9 @@ from arctic_jax.config import EngineConfig
 from arctic_jax.engine import multihost
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.drafter_files import open_drafter
-from arctic_jax.engine.grammar_compiler import Grammar, GrammarCompiler
+from arctic_jax.engine.grammar_compiler import GrammarCompiler
+from arctic_jax.engine.grammar_masks import PendingMasks
+from arctic_jax.engine.grammar_matcher import Grammar
 from arctic_jax.engine.output_processor import OutputProcessor, RequestGroup
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.engine.scheduler import Scheduler
@@ -89,6 +91,7 @@ class EngineCore:
             self.files.eos_token_ids,
             config.structured_outputs,
         )
+        self._masks = PendingMasks(config.structured_outputs)
         self.step_log = StepLog(config.scheduler.step_log, replica)
         self._replica = replica
         self._groups: dict[str, RequestGroup] = {}
@@ -168,15 +171,23 @@ class EngineCore:
         So the host works on one step while the device computes the next. What ends with the step
         before is found out after the next was launched with it: that result is discarded. Requests
         with drafts sit every other step out, so that their drafts come after all their tokens.
+        Those with a grammar do, too, and more steps if it takes its time.
         """
         self.num_steps += 1
+        self._masks.wait()
+        changed: dict[RequestGroup, None] = {}
+        for request in self._masks.late():
+            changed[self._group_of[request]] = None
+            self._finish(request, RequestStatus.FAILED)
         scheduled = self.scheduler.schedule()
         step, self._in_flight = self._in_flight, None
         try:
             if scheduled.requests:
                 self._in_flight = self.runner.launch(scheduled)
             if step is None:
-                return []
+                if not scheduled.requests:
+                    self._masks.wait_idly()
+                return [self._output(group) for group in changed if group.reports]
             output = step.wait()
             batch = step.scheduled
             self.step_log.add(
@@ -197,7 +208,7 @@ class EngineCore:
                 raise EngineDeadError(failure) from error
             raise
         live = [part for part in step.scheduled.requests if not part.request.status.finished]
-        changed = {self._group_of[part.request]: None for part in live if part.samples}
+        changed |= {self._group_of[part.request]: None for part in live if part.samples}
         for request, status in self.outputs.accept(step.scheduled, output, self._group_of):
             changed[self._group_of[request]] = None
             self._finish(request, status)
@@ -206,6 +217,9 @@ class EngineCore:
             p for p in live if p.moves and p.request.status is RequestStatus.RUNNING
         )
         self.proposer.propose(step.scheduled, output)
+        for part in live:
+            if part.samples and not part.request.status.finished:
+                self._masks.begin(part.request)
         return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -270,6 +284,8 @@ class EngineCore:
         self.outputs.totals.end(request)
         self.runner.forget(request)
         self.proposer.finish(request)
+        if request.matcher is not None:
+            request.matcher.cancel()
         del self._group_of[request]
 
     def _output(self, group: RequestGroup) -> RequestOutput:

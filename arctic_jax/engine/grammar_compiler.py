@@ -1,4 +1,4 @@
-"""From the form that a user wants of an answer to a matcher that follows it, token by token.
+"""From the form that a user wants of an answer to a grammar, compiled, checked and kept.
 
 The work is llguidance's: a lexer by derivatives of regular expressions and an Earley parser, which
 walk the vocabulary as a trie. Grammars come from strangers, so they are bounded in size and depth,
@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from arctic_jax.engine.grammar_matcher import Grammar, Matcher, mask_threads, short
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.loading.tokenizer import Tokenizer
 from arctic_jax.structured_outputs import (
@@ -25,59 +25,17 @@ from arctic_jax.structured_outputs import (
 )
 
 if TYPE_CHECKING:  # it is loaded when the first grammar comes
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLTokenizer
 
 NUM_THREADS = 2
 # The library recurses where rules nest: 60,000 characters of rules that name each other overflow
 # a thread's usual 8 MB, and that ends the process.
 STACK_PER_CHARACTER = 1 << 10  # bytes
-# Bounds on the library's work: of a grammar, and for one mask.
-MAX_SYMBOLS, MAX_ITEMS = 50_000, 20_000
+# Bounds on the library's work: of a grammar, and for one mask. Its time for one byte grows by the
+# square of the symbols that may be next (6,000: some 50 ms), and is not bounded otherwise.
+MAX_SYMBOLS, MAX_ITEMS = 6_000, 10_000
 # Between two parts of JSON: enough to indent by, and an end for models that love line breaks.
 WHITESPACE = r"[ \n\r\t]{1,40}"
-
-
-class Matcher:
-    """A `GrammarMatcher`.
-
-    Attributes:
-        state: llguidance's.
-        num_words: of 32 bits, of one of its masks.
-    """
-
-    def __init__(self, state: LLMatcher, eos_token_ids: frozenset[int], num_words: int) -> None:
-        self.state = state
-        self.num_words = num_words
-        self._eos_token_ids = eos_token_ids
-
-    def accept(self, token: int) -> bool:
-        """See `GrammarMatcher`."""
-        if token in self._eos_token_ids:
-            allowed = complete = self.state.is_accepting()
-        else:
-            allowed = self.state.consume_token(token)
-            complete = self.state.is_stopped()
-        if not allowed or self.state.is_error():
-            why = self.state.get_error() or self.state.stop_reason()
-            raise ValueError(f"the grammar does not allow token {token}: {_short(why)}")
-        return complete
-
-    def allowed_prefix(self, tokens: Sequence[int]) -> int:
-        """See `GrammarMatcher`."""
-        return self.state.validate_tokens(list(tokens))
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """A compiled grammar, for any number of requests."""
-
-    start: LLMatcher
-    eos_token_ids: frozenset[int]
-    num_words: int
-
-    def matcher(self) -> Matcher:
-        """Return a matcher at the beginning of an answer."""
-        return Matcher(self.start.deep_copy(), self.eos_token_ids, self.num_words)
 
 
 class GrammarCompiler:
@@ -103,6 +61,7 @@ class GrammarCompiler:
         known = min(vocab_size, tokenizer.vocab_size)
         self._eos_token_ids = frozenset(token for token in eos_token_ids if token < known)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="arctic-jax-grammar")
+        self._mask_threads = mask_threads()
         self._lock, self._vocabulary_lock = threading.Lock(), threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._cache: OrderedDict[tuple[str, str, bool], Future[Grammar]] = OrderedDict()
@@ -174,15 +133,15 @@ class GrammarCompiler:
             grammar = _translate(kind, source, compact)
             start = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
         except ValueError as error:
-            refuse(kind, f"is not valid: {_short(str(error))}")
+            refuse(kind, f"is not valid: {short(str(error))}")
         if start.is_error():
-            refuse(kind, f"is not valid: {_short(start.get_error())}")
-        first = start.deep_copy()
-        first.compute_bitmask()
-        if first.is_error() or (first.is_stopped() and not first.is_accepting()):
-            refuse(kind, f"matches no text, or is too complex: {_short(first.get_error())}")
+            refuse(kind, f"is not valid: {short(start.get_error())}")
         num_words = -(-vocabulary.vocab_size // 32)
-        return Grammar(start, self._eos_token_ids, num_words)
+        first = Matcher(start.deep_copy(), self._eos_token_ids, num_words, self._mask_threads)
+        masks = first.compute(())
+        if first.state.is_error() or (first.state.is_stopped() and not first.state.is_accepting()):
+            refuse(kind, f"matches no text, or is too complex: {short(first.state.get_error())}")
+        return Grammar(start, self._eos_token_ids, masks, self._mask_threads)
 
     def _read_vocabulary(self) -> LLTokenizer:
         from llguidance import LLTokenizer
@@ -198,7 +157,7 @@ class GrammarCompiler:
                         eos_token=sorted(self._eos_token_ids),
                     )
                 except ValueError as error:
-                    why = f"cannot be had with this model's tokenizer: {_short(str(error))}"
+                    why = f"cannot be had with this model's tokenizer: {short(str(error))}"
                     refuse("", why)
             return self._vocabulary
 
@@ -219,7 +178,7 @@ class GrammarCompiler:
         except (TypeError, ValueError, RecursionError) as error:
             if isinstance(error, InvalidRequestError):
                 raise
-            refuse(kind, f"is not valid: {_short(str(error))}")
+            refuse(kind, f"is not valid: {short(str(error))}")
         return text
 
     def _check_schema(self, schema: Any) -> None:
@@ -243,8 +202,3 @@ def _translate(kind: str, source: str, compact: bool) -> str:
         return grammar_from(kind, source)  # pyright: ignore[reportArgumentType]
     whitespace = {"whitespace_flexible": False} if compact else {"whitespace_pattern": WHITESPACE}
     return LLMatcher.grammar_from_json_schema(source, overrides=whitespace)  # pyright: ignore
-
-
-def _short(message: str) -> str:
-    """Keep the beginning of a message, as one line."""
-    return " ".join(message.partition("<state>")[0].split())[:300]

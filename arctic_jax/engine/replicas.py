@@ -14,7 +14,8 @@ import jax
 
 from arctic_jax.config import EngineConfig
 from arctic_jax.engine.core import EngineCore
-from arctic_jax.engine.grammar_compiler import Grammar, GrammarCompiler
+from arctic_jax.engine.grammar_compiler import GrammarCompiler
+from arctic_jax.engine.grammar_matcher import Grammar
 from arctic_jax.engine.step_log import StepLog
 from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.progress import Report, silent

@@ -97,6 +97,7 @@ class Scheduler:
             part = ScheduledRequest.plan(request, request.num_computed_tokens, most, rows)
             # Without tokens: none, or no rows, are left for its prompt.
             waits = held_up and part.samples and request.goes_with_others
+            waits = waits or (part.samples and request.waits_for_masks)
             if part.num_tokens < 1 or request.waits_for_tokens or waits:
                 i += 1
                 continue
@@ -121,7 +122,8 @@ class Scheduler:
             request = self.waiting[0]
             self._attach_prefix(request)
             part = ScheduledRequest.plan(request, request.num_computed_tokens, most, rows)
-            if part.num_tokens < 1 or not self._extend(request, part.end):
+            waits = part.samples and request.waits_for_masks
+            if part.num_tokens < 1 or waits or not self._extend(request, part.end):
                 self._detach(request)
                 break
             self.waiting.pop(0)

@@ -31,12 +31,16 @@ try:  # only tokenizers are wanted of it; its advice to install torch would come
 finally:
     _advice.removeFilter(_no_torch)
 
+CACHED_WORDS = 1024
+"""Of a thread; the library's default is 10,000, in as many threads as ever encode."""
+
 
 class Tokenizer:
     """What the engine needs of a tokenizer; `hf` is the `transformers` object behind it."""
 
     def __init__(self, hf: PreTrainedTokenizerFast) -> None:
         self.hf = hf
+        bound_cache(self.backend)
         self._renderer = ChatTemplateRenderer()
 
     @property
@@ -191,6 +195,16 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **special,
     )
+
+
+def bound_cache(backend: tokenizers.Tokenizer) -> None:
+    """Have each thread keep the tokens of `CACHED_WORDS` words (BPE and unigram models do).
+
+    A word may have 256 bytes, of which 8 KiB are kept: strangers could fill 80 MiB a thread.
+    """
+    resize = getattr(backend.model, "_resize_cache", None)
+    if resize is not None:
+        resize(CACHED_WORDS)
 
 
 def numbered_tokenizer(vocab_size: int) -> Tokenizer:

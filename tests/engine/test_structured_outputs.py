@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import re
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +30,7 @@ from tiny_engine import GREEDY, options_of, run
 from arctic_jax import EngineConfig, SamplingParams, StructuredOutputsParams
 from arctic_jax.engine import replicas
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.grammar_matcher import Matcher
 from arctic_jax.errors import InvalidRequestError
 from arctic_jax.request import CompletionOutput
 from arctic_jax.structured_outputs import StructuredOutputsConfig
@@ -33,6 +38,7 @@ from arctic_jax.testing import TINY_EOS_TOKEN_ID, write_model
 
 EOS = TINY_EOS_TOKEN_ID
 PROMPT = list(b"What is it?")
+GREEDY_40 = dataclasses.replace(GREEDY, max_tokens=40)
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +385,82 @@ def test_bounds(engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rules_may_nest_as_deep_as_they_fit(engine: EngineCore) -> None:
     assert len(NAMED_IN_TURN) > 60_000
     assert answer(engine, structured(grammar=NAMED_IN_TURN)).text == "a"
+
+
+# Few characters, and so many ways to read a text that a mask takes a second.
+AMBIGUOUS = "start: s\ns: " + "|".join(" s" * k for k in range(2, 60)) + ' | "a" | "b"'
+
+
+def test_nobody_waits_for_a_slow_mask(engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = answer(engine, GREEDY_40)
+    go_on = threading.Event()
+    compute = Matcher.compute
+
+    def slow(self: Matcher, draft: Sequence[int]) -> np.ndarray:
+        masks = compute(self, draft)  # its time has begun
+        go_on.wait(30)
+        return masks
+
+    engine.grammars.compile(StructuredOutputsParams(regex="abc"))  # its first mask is known
+    monkeypatch.setattr(Matcher, "compute", slow)
+    engine.add_request("slow", PROMPT, structured(regex="abc", params={"n": 2, "temperature": 1}))
+    engine.add_request("neighbour", PROMPT, GREEDY_40)
+    ended: dict[str, CompletionOutput] = {}
+    while "neighbour" not in ended:
+        ended |= {o.request_id: o.outputs[0] for o in engine.step() if o.finished}
+    assert_equal(ended["neighbour"], alone)
+    assert "slow" not in ended
+    engine.step()  # there is nothing to do
+    go_on.set()
+    assert [one.text for one in run(engine)["slow"].outputs] == ["abc"] * 2
+
+
+def test_who_takes_too_long_fails_alone(
+    engine: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = answer(engine, GREEDY_40)
+    go_on = threading.Event()
+    compute = Matcher.compute
+    bounds = StructuredOutputsConfig(mask_time_limit=0.05)
+    monkeypatch.setattr(engine._masks, "_config", bounds)
+    engine.grammars.compile(StructuredOutputsParams(regex="abcd"))
+    monkeypatch.setattr(Matcher, "compute", lambda *a: (compute(*a), go_on.wait(30))[0])
+    engine.add_request("slow", PROMPT, structured(regex="abcd"))
+    engine.add_request("neighbour", PROMPT, GREEDY_40)
+    ended = run(engine)
+    go_on.set()
+    slow = ended["slow"].outputs[0]
+    assert (slow.text, slow.finish_reason) == ("a", "error")
+    assert slow.error == "the grammar takes more than 0.05 seconds for a token"
+    assert_equal(ended["neighbour"].outputs[0], alone)
+    engine.check()
+
+
+def test_a_hostile_grammar_takes_its_own_time(engine: EngineCore) -> None:
+    alone, on = answer(engine, GREEDY_40), {"logit_bias": {EOS: -100}}
+    engine.add_request("hostile", PROMPT, structured(grammar=AMBIGUOUS, params=on))
+    engine.add_request("neighbour", PROMPT, GREEDY_40)
+    ended: dict[str, CompletionOutput] = {}
+    times = []
+    while "neighbour" not in ended:
+        started = time.monotonic()
+        ended |= {o.request_id: o.outputs[0] for o in engine.step() if o.finished}
+        times.append(time.monotonic() - started)
+    assert_equal(ended["neighbour"], alone)
+    assert sorted(times)[-2] < 0.3  # a step has 10 ms of patience, and a token's own time
+    ended |= {name: output.outputs[0] for name, output in run(engine).items()}
+    assert "items" in ended["hostile"].error
+    engine.check()
+
+
+def test_a_draft_is_looked_at_for_a_short_time(engine: EngineCore) -> None:
+    matcher = engine.grammars.compile(StructuredOutputsParams(grammar=AMBIGUOUS)).matcher()
+    started = time.monotonic()
+    assert 0 < matcher.allowed_prefix(list(b"ab" * 32)) < 64
+    assert time.monotonic() - started < 1  # all of them: longer than a minute
+    matcher = engine.grammars.compile(StructuredOutputsParams(regex="(ab){20}")).matcher()
+    assert matcher.allowed_prefix(list(b"ab" * 20)) == 40
+    assert matcher.allowed_prefix(list(b"ab" * 6 + b"c" + b"ab")) == 12
 
 
 def test_the_last_grammars_are_kept(engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """Tokenizers from a directory and from a GGUF file give the same ids."""
 
 import json
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,25 @@ LLAMA3_RULE = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_RULE = LLAMA3_RULE.replace("{1,3}", "")
+
+
+def resident() -> float:
+    """MiB of the process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_strangers_words_are_not_kept_for_ever(tmp_path):
+    """The library keeps words of each thread that encodes: here 40 MiB, if nobody bounds it."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=250)) for _ in range(5000)]
+    with ThreadPoolExecutor(1) as threads:
+        list(threads.map(tokenizer.encode, words[:100]))
+        before = resident()
+        list(threads.map(tokenizer.encode, words))
+        assert resident() - before < 20
 
 
 def test_directory(tmp_path):
