@@ -126,7 +126,7 @@ class UpperKeysValues(nnx.Module):
             *rope,
             cache.k,
             cache.v,
-            np.int32(cache.k.shape[0] - layers),
+            jnp.int32(cache.k.shape[0] - layers),
             batch.slot_mapping,
             implementation=self.implementation,
         )

@@ -1,4 +1,4 @@
-"""What three heads of an LSTM speculator cost at the size of an 8B model's, and what FP8 would save.
+"""What three heads of an LSTM speculator cost at the size of an 8B model; and with FP8.
 
     python scripts/gpu/draft_chain.py --out FILE
 
