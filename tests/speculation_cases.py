@@ -13,13 +13,9 @@ from tiny_engine import GREEDY
 from arctic_jax.batch import HostOutput, ScheduledBatch
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.request import CompletionOutput, Request, SamplingParams
-from arctic_jax.spec_decode.proposer import (
-    Draft,
-    HostProposer,
-    NoProposer,
-    Proposer,
-    build_proposer,
-)
+from arctic_jax.spec_decode.draft import Draft
+from arctic_jax.spec_decode.host_proposer import HostProposer
+from arctic_jax.spec_decode.proposer import NoProposer, Proposer, build_proposer
 from arctic_jax.speculative_config import SpeculativeConfig
 
 K = 3

@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PATIENCE, MOST_PATIENCE = 16, 512
-"""Drafts that are refused before one is tried."""
-_NEW = 0.25
+PATIENCE = 8
+"""Looks in vain, one a step, until a request looks for drafts only now and then."""
+MIN_LENGTH = 4
+_OLD = 0.9  # weight of all that was learned before, at each draft
+_PRIOR = 2.0  # tokens: weight of what others have come to
+_MOST_TRUST = 2.0
+# Of the balance, in tokens.
+_BEGIN, _SHARE, _MOST = 0.5, 0.005, 8.0
+_OF_MISSED = 0.5
+
+
+@dataclass
+class Trust:
+    """Accepted tokens for each one that the drafter expected, of late.
+
+    Attributes:
+        accepted: tokens that were right, older ones with less weight.
+        expected: how many should have been.
+    """
+
+    accepted: float = 0.0
+    expected: float = 0.0
+
+    def add(self, accepted: float, expected: float, old: float = _OLD) -> None:
+        """Learn from one draft."""
+        self.accepted = old * self.accepted + accepted
+        self.expected = old * self.expected + expected
+
+    def value(self, prior: float = 1.0) -> float:
+        """Return it; with little to go by it is near `prior`."""
+        ratio = (self.accepted + _PRIOR * prior) / (self.expected + _PRIOR)
+        return min(ratio, _MOST_TRUST)
 
 
 @dataclass
@@ -16,27 +45,25 @@ class Acceptance:
     Attributes:
         max_length: most tokens of any draft.
         length: of the next draft at most; doubled after one that was right, shortened to what would
-            have been right after another (the rule of Arctic Inference's asynchronous scheduler).
-            A tree was right if the accepted tokens end at a leaf.
-        trust: accepted tokens for each one that the drafter expected, of late.
-        patience: drafts to refuse before the next trial.
-        num_refused: of those.
-        is_trial: whether the last draft that was allowed is one.
-        least: accepted tokens that it must have to be no loss.
+            have been right after another (the rule of Arctic Inference's asynchronous scheduler),
+            but not below `MIN_LENGTH`: shorter ones do not pay. A tree was right if the accepted
+            tokens end at a leaf.
+        trust: in its drafts, those included that no step verified.
+        patience: looks in vain that are left.
+        balance: tokens that its drafts may still lose: what they have gained, and a small share of
+            its tokens. It does not become slower by more than that, whatever they promise.
     """
 
     max_length: int
     length: int = field(init=False)
-    trust: float = 1.0
+    trust: Trust = field(default_factory=Trust)
     patience: int = PATIENCE
-    num_refused: int = 0
-    is_trial: bool = False
-    least: float = 0.0
+    balance: float = _BEGIN
 
     def __post_init__(self) -> None:
         self.length = self.max_length
 
-    def verified(
+    def learn(
         self, drafted: int, expected: float, accepted: int, needed: int | None = None
     ) -> None:
         """Learn from a draft of `drafted` tokens, of which `expected` should have been accepted.
@@ -44,28 +71,27 @@ class Acceptance:
         `needed` of them had to be drafted for that; by default as many as were accepted.
         """
         needed = accepted if needed is None else needed
-        self.length = 2 * self.length if needed == drafted else needed + 1
+        self.length = 2 * self.length if needed == drafted else max(needed + 1, MIN_LENGTH)
         self.length = min(self.length, self.max_length)
-        right = min(accepted / expected, 1.0) if expected > 0 else self.trust
-        self.trust += _NEW * (right - self.trust)
-        if self.is_trial:
-            self.is_trial = False
-            if accepted >= self.least:
-                self.trust, self.patience = max(self.trust, right), PATIENCE
-            else:
-                self.patience = min(2 * self.patience, MOST_PATIENCE)
+        self.trust.add(accepted, expected)
 
-    def allows(self, gain: float, least: float) -> bool:
-        """Whether a draft that promises so many tokens is worth its step, which costs `least`.
+    def has_found(self, worth: bool) -> None:
+        """Learn whether a look for a draft found one that is worth its step."""
+        self.patience = PATIENCE if worth else max(self.patience - 1, 0)
 
-        Of those that are not, one is tried after a while; after each that is no success, a while
-        twice as long.
+    def earn(self, num_tokens: int) -> None:
+        """Add to the balance for so many new tokens."""
+        self.book(_SHARE * num_tokens)
+
+    def book(self, gained: float) -> None:
+        """Add to the balance the tokens that a draft has gained, or lost."""
+        self.balance = min(self.balance + gained, _MOST)
+
+    def book_missed(self, gained: float) -> None:
+        """Book what a draft would have gained, or lost, that the balance did not allow.
+
+        So a debt does not last once drafts have become good; more than at first is not given.
         """
-        if self.trust * gain < least:
-            self.num_refused += gain >= least
-            if self.num_refused < self.patience:
-                return False
-            self.num_refused = 0
-            self.is_trial = True
-        self.least = least
-        return True
+        if self.balance < _BEGIN:
+            gained *= _OF_MISSED if gained > 0 else 1.0
+            self.balance = min(self.balance + gained, _BEGIN)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from arctic_jax.request import Request
-from arctic_jax.spec_decode.proposer import Draft, HostProposer
+from arctic_jax.spec_decode.draft import Draft
+from arctic_jax.spec_decode.host_proposer import HostProposer
 from arctic_jax.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # it imports jax, which this package does without
@@ -21,8 +22,11 @@ class DeviceProposer(HostProposer):
     """The methods `arctic`, `mlp_speculator` and `draft_model`.
 
     Drafts do not become shorter after wrong ones, as those that are made on the host: they are
-    there already, and a row more of a step costs next to nothing.
+    there already, and a row more of a step costs next to nothing. One draft follows the other, so
+    that it counts for little that the steps launched ahead are left and come back to.
     """
+
+    portions_to_begin = 1
 
     def __init__(self, config: SpeculativeConfig) -> None:
         super().__init__(config)

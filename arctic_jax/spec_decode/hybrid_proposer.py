@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from arctic_jax.request import Request
 from arctic_jax.spec_decode.device_proposer import DeviceProposer
-from arctic_jax.spec_decode.proposer import Draft
+from arctic_jax.spec_decode.draft import Draft
 from arctic_jax.spec_decode.suffix_proposer import SuffixProposer
 from arctic_jax.speculative_config import SpeculativeConfig
 
@@ -33,6 +33,10 @@ class HybridProposer(DeviceProposer):
     def stop(self, request: Request) -> None:
         """See `HostProposer`."""
         self.suffix.stop(request)
+
+    def remember(self, request: Request) -> None:
+        """See `HostProposer`."""
+        self.suffix.remember(request)
 
     def drafts(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[Draft]:
         """See `HostProposer`."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from arctic_jax.request import Request
-from arctic_jax.spec_decode.proposer import Draft, HostProposer
+from arctic_jax.spec_decode.draft import Draft
+from arctic_jax.spec_decode.host_proposer import HostProposer
 from arctic_jax.speculative_config import SpeculativeConfig
 
 

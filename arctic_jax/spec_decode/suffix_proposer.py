@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from arctic_jax.request import Request
-from arctic_jax.spec_decode.proposer import Draft, HostProposer
+from arctic_jax.spec_decode.draft import Draft
+from arctic_jax.spec_decode.host_proposer import HostProposer
 from arctic_jax.spec_decode.suffix_decoding import SuffixDecodingCache
 from arctic_jax.speculative_config import SpeculativeConfig
 
@@ -56,3 +57,11 @@ class SuffixProposer(HostProposer):
     def stop(self, request: Request) -> None:
         """See `HostProposer`."""
         self.cache.stop_request(self._ids.pop(request))
+
+    def remember(self, request: Request) -> None:
+        """See `HostProposer`."""
+        if self.config.suffix_cache_max_requests != 0:
+            name = next(self._counter)
+            self.cache.start_request(name, [], cache_salt=request.cache_salt)
+            self.cache.add_active_response(name, request.output_token_ids)
+            self.cache.stop_request(name)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_the_model_itself_drafts_rightly(tmp_path: Path) -> None:
     engine = drafting(path, block_size=16, num_blocks=24, max_num_batched_tokens=16)
     requests = [(BEGINNINGS[0] + [i], greedy(20)) for i in range(3)]
     plain = generate(engine, requests)
-    proposer = build_proposer(engine.config.speculative)
+    proposer = build_proposer(replace(engine.config.speculative, adaptive=False))
     found = generate(engine, requests, proposer, arrivals=[0, 9, 9])
     for actual, wanted in zip(found, plain, strict=True):
         assert_equal(actual, wanted)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from speculation_cases import (
     ARRIVALS,
     BEGINNINGS,
+    CONFIG,
     REQUESTS,
     SCHEDULES,
     TREE_CONFIG,
@@ -297,13 +298,8 @@ def test_a_mesh_of_nothing_but_right_drafts(two_layouts: EngineCore) -> None:
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("engine", SpeculativeConfig("suffix", num_speculative_tokens=K)),
-        (
-            "engine",
-            SpeculativeConfig(
-                "ngram", num_speculative_tokens=K, prompt_lookup_min=1, prompt_lookup_max=3
-            ),
-        ),
+        ("engine", dataclasses.replace(CONFIG, method="suffix")),
+        ("engine", dataclasses.replace(CONFIG, prompt_lookup_min=1, prompt_lookup_max=3)),
         ("cramped_engine", dataclasses.replace(TREE_CONFIG, suffix_max_spec_offset=5.0)),
     ],
     ids=["suffix", "ngram", "suffix_trees"],
@@ -322,6 +318,10 @@ def test_real_drafters_change_no_answer(
     assert proposer.stats.num_drafts > 0
     again = generate(engine, requests, proposer)  # what the first ones said is known now
     assert [a.token_ids for a in again] == [p.token_ids for p in plain]
+    adaptive = build_proposer(dataclasses.replace(config, adaptive=True))
+    assert [a.token_ids for a in generate(engine, requests, adaptive)] == [
+        p.token_ids for p in plain
+    ]
 
 
 def test_nothing_is_compiled_after_ready(verifier: EngineCore, kind: type[Replay]) -> None:

@@ -8,7 +8,8 @@ from arctic_jax.batch import ScheduledRequest
 from arctic_jax.request import Request, SamplingParams
 from arctic_jax.spec_decode import draft_tree
 from arctic_jax.spec_decode.acceptance import Acceptance
-from arctic_jax.spec_decode.proposer import Draft, SpeculationStats
+from arctic_jax.spec_decode.draft import Draft
+from arctic_jax.spec_decode.proposer import SpeculationStats
 
 TREES = st.integers(0, 31).flatmap(
     lambda n: st.tuples(
@@ -82,9 +83,9 @@ def test_a_request_drafts_as_many_tokens_as_it_took() -> None:
     assert draft_tree.num_needed(tree, probs, (0, 3, 4)) == 5
     assert draft_tree.num_needed(tree, probs, (0, 1, 2)) == 5  # it ends at a leaf: right
     acceptance = Acceptance(8)
-    acceptance.verified(5, sum(probs), 2, draft_tree.num_needed(tree, probs, (0, 3)))
+    acceptance.learn(5, sum(probs), 2, draft_tree.num_needed(tree, probs, (0, 3)))
     assert acceptance.length == 5
-    acceptance.verified(5, sum(probs), 3, draft_tree.num_needed(tree, probs, (0, 1, 2)))
+    acceptance.learn(5, sum(probs), 3, draft_tree.num_needed(tree, probs, (0, 1, 2)))
     assert acceptance.length == 8
 
 
