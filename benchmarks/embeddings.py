@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from arctic_jax import LLM
+from arctic_jax import LLM, host_copies
 from arctic_jax.embedding.embedder import Embedder
 from arctic_jax.embedding.packing import Packer
 from arctic_jax.encoder_batch import pack
@@ -132,7 +132,7 @@ def measure(llm: LLM, length: int, count: int, repeats: int) -> dict[str, Any]:
     device, done = best(
         repeats, lambda: jax.block_until_ready([runner.launch_packed(*batch) for batch in batches])
     )
-    copy, _ = best(1, lambda: [np.asarray(vectors) for vectors in done])
+    copy, _ = best(1, lambda: [host_copies.finish(vectors) for vectors in done])
     tokens = sum(map(len, ids))
     return {
         "length": length or "mixed",
@@ -171,7 +171,7 @@ def parts_of_latency(embedder: Embedder, texts: list[str]) -> dict[str, float]:
         clock.append(time.perf_counter())
         vectors = runner.launch_packed(*batch)
         clock.append(time.perf_counter())
-        np.asarray(vectors)
+        host_copies.finish(vectors)
         clock.append(time.perf_counter())
         found.append(np.diff(clock) * 1e3)
     medians = np.median(found, axis=0).tolist()

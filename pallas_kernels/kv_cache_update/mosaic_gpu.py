@@ -16,6 +16,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from arctic_jax.pallas_kernels.paged_cache import all_blocks
+
 TOKENS = 4  # of a thread block: one a warp
 MAX_TILES = 65535  # what the slowest dimension of a grid may have
 TILE_BYTES = 6 * 1024  # below, thread blocks are too small to be worth their start
@@ -82,10 +84,8 @@ def kv_cache_update(
     r = rows - 2
     config = config or choose_config(G, rows * D * qkv.dtype.itemsize)
     groups = config.groups
-    # The tensor memory accelerator has too few dimensions for layers, too.
-    caches = [jax.new_ref(cache.reshape(-1, *cache.shape[2:])) for cache in (k_cache, v_cache)]
-    blocks = k_cache.shape[1]
-    first_block = jnp.asarray(layer * blocks, jnp.int32)[None]
+    *caches, first_block = all_blocks(k_cache, v_cache, layer)
+    caches = [jax.new_ref(cache) for cache in caches]
     norms = {"q_norm": q_norm if r else None, "k_norm": k_norm}
     norms = {name: norm for name, norm in norms.items() if norm is not None}
     mesh = plgpu.Mesh(
@@ -108,7 +108,7 @@ def kv_cache_update(
                 first_gmem,
                 weights,
                 *refs[len(weights) :],
-                blocks=blocks,
+                blocks=k_cache.shape[1],
                 epsilon=epsilon,
                 config=config,
             ),

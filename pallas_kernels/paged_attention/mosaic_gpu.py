@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from arctic_jax.pallas_kernels.paged_attention.reference import MASK_BITS, num_hidden
+from arctic_jax.pallas_kernels.paged_cache import all_blocks
 
 ROWS = 64  # query rows of a thread block, the M of one wgmma
 SMEM_BYTES = 227 * 1024  # what one thread block may have
@@ -196,16 +197,6 @@ def decode(
         interpret=interpret,
         kernel_name="paged_attention_merge",
     )(*outputs, query_start_loc, seq_lens)
-
-
-def all_blocks(k_cache: Array, v_cache: Array, layer: Array) -> tuple[Array, Array, Array]:
-    """Return the caches `[layers * blocks, KV, block_size, D]`, and `[1]`: where a layer begins.
-
-    The tensor memory accelerator has too few dimensions for one more.
-    """
-    first_block = jnp.asarray(layer * k_cache.shape[1], jnp.int32)
-    k_cache, v_cache = (cache.reshape(-1, *cache.shape[2:]) for cache in (k_cache, v_cache))
-    return k_cache, v_cache, first_block[None]
 
 
 def _row_layout(D: int):

@@ -19,11 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from arctic_jax.pallas_kernels.paged_attention import mosaic_gpu
 from arctic_jax.pallas_kernels.paged_attention.mosaic_gpu import (
-    all_blocks,
     load_masks,
     visible_keys,
 )
 from arctic_jax.pallas_kernels.paged_attention.reference import MASK_BITS, num_hidden
+from arctic_jax.pallas_kernels.paged_cache import all_blocks
 
 ROWS = 64  # of one compute warpgroup
 TILE = 2 * ROWS  # query rows of a thread block

@@ -23,7 +23,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from arctic_jax import LLM, SamplingParams
+from arctic_jax import LLM, SamplingParams, host_copies
 from arctic_jax.batch import ScheduledBatch, ScheduledRequest
 
 
@@ -89,7 +89,7 @@ def main() -> None:
                     for r in running
                 )
             )
-            if scheduled.num_drafted > 256:
+            if scheduled.num_drafted > runner.max_extra_rows:
                 continue
             _, bucket = runner.picker.pick(scheduled)
             pack = median_ms(lambda s=scheduled, b=bucket: runner.packer.pack(s, b))
@@ -106,7 +106,7 @@ def main() -> None:
             start = time.perf_counter()
             jax.block_until_ready([launch() for _ in range(30)])
             device = (time.perf_counter() - start) / 30 * 1e3
-            alone = median_ms(lambda launch=launch: np.asarray(launch()))
+            alone = median_ms(lambda launch=launch: host_copies.finish(launch()))
             row = {
                 "batch": batch,
                 "drafted": drafted,
