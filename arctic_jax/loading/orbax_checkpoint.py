@@ -197,5 +197,12 @@ def _checkpointer() -> Any:
     # Imported here: it takes a second that only those pay who need it. Weights do not compress.
     import orbax.checkpoint as ocp
 
-    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
+    # Metadata of single arrays is of use for random keys alone. Orbax reads it beside the array,
+    # and where the array turns out to be damaged, that coroutine is now and then dropped unawaited.
+    arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=None)
+    handler = ocp.PyTreeCheckpointHandler(
+        use_zarr3=True,
+        use_compression=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+    )
     return ocp.Checkpointer(handler)
