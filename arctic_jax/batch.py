@@ -37,6 +37,8 @@ class ScheduledRequest:
         accepted: of a draft with `parents` the indices of the tokens that turned out to be right.
         first_mask: of the step's masks, that of the first row that draws; the next rows have the
             next ones. -1 if nothing is masked.
+        unseen: the host does not know the drafted tokens: the device made them in the step before,
+            which may also have accepted fewer tokens than `start` supposes.
     """
 
     request: Request
@@ -49,6 +51,7 @@ class ScheduledRequest:
     parents: Sequence[int] = ()
     accepted: Sequence[int] = ()
     first_mask: int = -1
+    unseen: bool = False
 
     @staticmethod
     def plan(request: Request, start: int, max_tokens: int, max_rows: int) -> ScheduledRequest:
@@ -66,8 +69,8 @@ class ScheduledRequest:
                 end, samples = first_row + max_rows, False
             return ScheduledRequest(request, start, end - start, end - first_row, samples)
         drafted = 0
-        if request.draft and samples:
-            drafted = min(len(request.draft), start + max_tokens - end, max_rows)
+        if samples and (wanted := len(request.draft) or request.num_unseen_draft):
+            drafted = min(wanted, start + max_tokens - end, max_rows)
         return ScheduledRequest(
             request,
             start,
@@ -75,6 +78,7 @@ class ScheduledRequest:
             samples + drafted,
             samples,
             drafted,
+            unseen=drafted > 0 and not request.draft,
             parents=request.draft_parents[:drafted],
         )
 
@@ -135,9 +139,11 @@ class ScheduledBatch:
         return max(r.num_tokens for r in self.requests)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Bucket:
     """The static shape of a step. Only these shapes are compiled.
+
+    Sorted by what a step costs: a shape for drafts costs more than one of as many tokens without.
 
     Attributes:
         num_tokens: T, tokens of the step.
@@ -153,6 +159,14 @@ class Bucket:
     num_seqs: int
     max_query_len: int
     has_trees: bool = False
+
+    def __lt__(self, other: Bucket) -> bool:
+        """See above."""
+        return self._cost < other._cost
+
+    @functools.cached_property
+    def _cost(self) -> tuple[int, ...]:
+        return self.num_tokens, self.max_query_len, self.num_rows, self.num_seqs
 
     def fits(self, batch: ScheduledBatch) -> bool:
         """Whether the batch can be padded to this shape."""
@@ -220,9 +234,13 @@ def bucket_ladder(
         many = {up(max_extra_rows), *(mixed if max_draft_len else [max(mixed)])}
         ladder |= {Bucket(n, max_extra_rows + seqs, seqs, n) for n in many}
     if max_draft_len:
-        most = min(max_num_seqs + max_extra_rows, max_num_batched_tokens)
+        longest = 1 + max_draft_len
+        most = min(max_num_seqs * longest, max_num_seqs + max_extra_rows, max_num_batched_tokens)
         verifying = {up(n) for n in _rungs(2, most, 64)}
-        ladder |= {Bucket(n, n, min(n - 1, seqs), 1 + max_draft_len) for n in verifying if n > 1}
+        ladder |= {Bucket(n, n, min(n - 1, seqs), longest) for n in verifying if n > 1}
+        # With the longest drafts there are few sequences, whose contexts attention can split finer.
+        few = {n: min(n // longest, seqs) for n in verifying if longest <= n <= 64}
+        ladder |= {Bucket(n, n, count, longest) for n, count in few.items()}
     if drafts_trees:
         ladder = {replace(b, has_trees=b.num_rows > b.num_seqs) for b in ladder}
     return tuple(sorted(ladder))
@@ -246,6 +264,8 @@ def _rungs(lowest: int, highest: int, between: int) -> list[int]:
     data_fields=[
         "token_ids",
         "token_source",
+        "before_row",
+        "before_drafted",
         "positions",
         "slot_mapping",
         "query_start_loc",
@@ -277,7 +297,11 @@ class ForwardBatch:
 
     Attributes:
         token_ids: `[T]`; padding is token 0.
-        token_source: `[T]` the row of the step before that draws this token; -1 if it is known.
+        token_source: `[T]` which of the `StepOutput.tokens_of` the step before this token is; -1 if
+            it is known.
+        before_row: `[S]` the last row of each sequence in the step before; only read where ...
+        before_drafted: `[S]` ... that many drafted tokens were verified there. How many were right
+            the host does not know yet: it supposes all.
         positions: `[T]` of each token in its sequence.
         slot_mapping: `[T]` where its key and value go; -1 for padding.
         query_start_loc: `[S+1]`; empty slots repeat the end.
@@ -288,7 +312,8 @@ class ForwardBatch:
         row_target: `[R]` the token whose log-probability is reported; -1 for the one drawn.
             Padding has target 0, so that its draws count for nobody.
         row_step: `[R]` how many tokens were drawn before: with `seed` it makes the random key.
-        row_draft: `[R]` the drafted token that the next row comes after; -1 for none.
+        row_draft: `[R]` the drafted token that the next row comes after; -1 for none, and
+            `UNSEEN_DRAFT` for one that the host does not know.
         draft_mask: `[T]` which tokens before it a token sees, see `paged_attention`; `None` where
             there are no drafts that are trees. Their tokens lie in the cache one after the other,
             as if they were a path, but have the positions that they would have in the answer.
@@ -302,6 +327,8 @@ class ForwardBatch:
 
     token_ids: Array
     token_source: Array
+    before_row: Array
+    before_drafted: Array
     positions: Array
     slot_mapping: Array
     query_start_loc: Array
@@ -327,6 +354,7 @@ class ForwardBatch:
     max_query_len: int
 
 
+UNSEEN_DRAFT = -2
 # Words between the beginnings of packed fields: a kernel may get a field as a piece of the packed
 # array, without a copy, and wants it aligned to 256 bytes.
 _ALIGNMENT = 64
@@ -394,6 +422,45 @@ def unpack(packed: Array, bucket: Bucket, max_blocks: int) -> ForwardBatch:
     return ForwardBatch(**values, max_query_len=bucket.max_query_len)
 
 
+def resolve(
+    batch: ForwardBatch, before: Array, num_drafted: int, max_draft_len: int, block_size: int
+) -> ForwardBatch:
+    """Put in what the host did not know when it packed the batch.
+
+    Args:
+        batch: as it was packed.
+        before: the packed output of the step before.
+        num_drafted: tokens of each draft in it.
+        max_draft_len: most drafted tokens that it verified for a sequence.
+        block_size: of the cache.
+    """
+    tokens, source = StepOutput.tokens_of(before, num_drafted), batch.token_source
+    if not num_drafted:
+        drawn = tokens[jnp.maximum(source, 0)]
+        return replace(batch, token_ids=jnp.where(source < 0, batch.token_ids, drawn))
+    back = jnp.arange(max_draft_len)
+    draws = tokens[jnp.maximum(batch.before_row[:, None] - back, 0)]
+    wrong = ((draws < 0) & (back < batch.before_drafted[:, None])).sum(1)
+    later = jnp.arange(len(source))[:, None] >= batch.query_start_loc[None, 1:-1]
+    seq = later.sum(1)
+    too_far = jnp.where(batch.slot_mapping < 0, 0, wrong[seq])
+    drawn = tokens[jnp.maximum(source - jnp.where(source < len(before), too_far, 0), 0)]
+    token_ids = jnp.where(source < 0, batch.token_ids, jnp.maximum(drawn, 0))
+    next_token = token_ids[jnp.minimum(batch.logit_rows + 1, len(source) - 1)]
+    unseen = batch.row_draft == UNSEEN_DRAFT
+    positions = batch.positions - too_far
+    slots = batch.block_tables[seq, positions // block_size] * block_size + positions % block_size
+    return replace(
+        batch,
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=jnp.where(too_far > 0, slots, batch.slot_mapping),
+        seq_lens=batch.seq_lens - wrong,
+        row_step=batch.row_step - wrong[batch.row_seq],
+        row_draft=jnp.where(unseen, next_token, batch.row_draft),
+    )
+
+
 def narrow(x: Array, batch: ForwardBatch) -> tuple[Array, ForwardBatch]:
     """Keep the rows of `x [T, d]` that need logits: `[R, d]`.
 
@@ -444,8 +511,9 @@ class StepOutput:
         rank: `[R]` of the target, 1 for the most likely token.
         top_token_ids: `[R, L]` the most likely tokens.
         top_logprobs: `[R, L]`.
-        drafts: `[R, K]` what the speculator thinks comes after the last token drawn for each of the
-            first sequences, which are at most R; K is 0 without a speculator.
+        drafts: `[R, K]` what a drafter on the device thinks comes after the last token drawn for
+            each of the first sequences, which are at most R; -1 after a shorter draft. K is 0
+            without a drafter.
     """
 
     token_ids: Array
@@ -462,9 +530,10 @@ class StepOutput:
         return 4 + 2 * max_logprobs + num_drafted
 
     @staticmethod
-    def token_ids_of(packed: Array) -> Array:
-        """Return the tokens of a packed output."""
-        return packed[:, 0]
+    def tokens_of(packed: Array, num_drafted: int) -> Array:
+        """Return the tokens of a packed output, and behind them its drafts, row by row."""
+        drafts = packed[:, packed.shape[1] - num_drafted :]
+        return jnp.concatenate([packed[:, 0], drafts.ravel()])
 
     def pack(self) -> Array:
         """Put everything into one int32 array `[R, width]`: each array read costs host time."""

@@ -45,8 +45,31 @@ class KVCache:
         return jax.tree.map(move, self)
 
 
-KVCaches = tuple[KVCache, ...]
-"""The model's cache and, if it has one, the drafter's. They have the same blocks."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=[])
+@dataclass(frozen=True)
+class TokenCache:
+    """Which token lies in each slot, `ids [blocks, block_size]` int32: what was read and said."""
+
+    ids: Array
+
+    def written(self, slot_mapping: Array, token_ids: Array) -> TokenCache:
+        """Put tokens `[T]` into their slots; -1 for no slot."""
+        num_blocks, size = self.ids.shape
+        block = jnp.where(slot_mapping < 0, num_blocks, slot_mapping // size)  # is dropped
+        index = jnp.stack([block, slot_mapping % size])
+        if len(token_ids) == 1:  # twice, or else XLA copies all, see `kv_cache_update.reference`
+            index, token_ids = jnp.repeat(index, 2, axis=1), jnp.repeat(token_ids, 2)
+        return TokenCache(self.ids.at[*index].set(token_ids, mode="drop"))
+
+    def moved(self, slots: Array) -> TokenCache:
+        """See `KVCache`."""
+        source, target = slots
+        size = self.ids.shape[1]
+        return self.written(target, self.ids[source // size, source % size])
+
+
+KVCaches = tuple[Any, ...]
+"""The model's `KVCache` and, if it has any, the drafter's. They have the same blocks."""
 
 
 @dataclass(frozen=True)
@@ -65,47 +88,76 @@ class ModelCacheSpec:
     head_dim: int
     partition: PartitionSpec
 
+    def shape(self, num_blocks: int, block_size: int, dtype: jnp.dtype, mesh: Mesh) -> KVCache:
+        """Return the cache without its contents."""
+        shape = (self.num_layers, num_blocks, self.num_kv_heads, block_size, self.head_dim)
+        sharding = NamedSharding(mesh, self.partition)
+        array: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return KVCache(array, array)
+
+    @property
+    def lies(self) -> KVCache:
+        """Its partition in the place of each array."""
+        partition: Any = self.partition
+        return KVCache(partition, partition)
+
+    def bytes_per_token(self, dtype: jnp.dtype) -> int:
+        """Bytes over all layers, keys and values, each head counted once."""
+        numbers = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return numbers * jnp.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class TokenCacheSpec:
+    """A `TokenCache`, on every device."""
+
+    def shape(self, num_blocks: int, block_size: int, dtype: jnp.dtype, mesh: Mesh) -> TokenCache:
+        """See `ModelCacheSpec`."""
+        del dtype
+        sharding = NamedSharding(mesh, PartitionSpec())
+        ids: Any = jax.ShapeDtypeStruct((num_blocks, block_size), jnp.int32, sharding=sharding)
+        return TokenCache(ids)
+
+    @property
+    def lies(self) -> TokenCache:
+        """See `ModelCacheSpec`."""
+        partition: Any = PartitionSpec()
+        return TokenCache(partition)
+
+    def bytes_per_token(self, dtype: jnp.dtype) -> int:
+        """See `ModelCacheSpec`."""
+        del dtype
+        return 4
+
 
 @dataclass(frozen=True)
 class KVCacheSpec:
     """Shapes of all caches of an engine."""
 
-    models: tuple[ModelCacheSpec, ...]
+    models: tuple[ModelCacheSpec | TokenCacheSpec, ...]
     block_size: int
     dtype: jnp.dtype
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one block over all layers, keys and values, each head counted once."""
-        numbers = sum(m.num_layers * m.num_kv_heads * m.head_dim for m in self.models)
-        return 2 * numbers * self.block_size * jnp.dtype(self.dtype).itemsize
+        """Bytes of one block over all caches, each head counted once."""
+        return self.block_size * sum(m.bytes_per_token(self.dtype) for m in self.models)
 
     def bytes_per_device(self, mesh: Mesh) -> int:
         """Bytes that a block takes on each device."""
-        numbers = sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape))
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(self.shapes(1, mesh))
         )
-        return numbers * jnp.dtype(self.dtype).itemsize
 
     @property
     def partitions(self) -> KVCaches:
         """How they lie on the mesh, a `PartitionSpec` in the place of each array."""
-        found: Any = tuple(KVCache(model.partition, model.partition) for model in self.models)  # pyright: ignore
-        return found
+        return tuple(model.lies for model in self.models)
 
     def shapes(self, num_blocks: int, mesh: Mesh) -> KVCaches:
         """Return caches of `num_blocks` blocks on `mesh` without their contents."""
-        found = []
-        for model in self.models:
-            shape = (model.num_layers, num_blocks, model.num_kv_heads, self.block_size)
-            array: Any = jax.ShapeDtypeStruct(
-                (*shape, model.head_dim),
-                self.dtype,
-                sharding=NamedSharding(mesh, model.partition),
-            )
-            found.append(KVCache(array, array))
-        return tuple(found)
+        return tuple(m.shape(num_blocks, self.block_size, self.dtype, mesh) for m in self.models)
 
     def allocate(self, num_blocks: int, mesh: Mesh) -> KVCaches:
         """Make zeroed caches of `num_blocks` blocks on `mesh`."""

@@ -340,6 +340,10 @@ class Request:
     draft: Sequence[int] = ()
     draft_parents: Sequence[int] = ()
     """Of a draft that is a tree, see `spec_decode.draft_tree`; empty for a path."""
+    runs_ahead: bool = False
+    """Whether its next step may begin before it is known how much of a draft was right ..."""
+    num_drafted_ahead: int = 0
+    """... and how many tokens that step verifies of the next draft, which the device makes."""
     num_published_blocks: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -380,7 +384,8 @@ class Request:
 
     def expect_token(self, num_drafted: int = 0) -> None:
         """Make room for a token that the device will draw, after verifying so many of `draft`."""
-        self.token_ids.extend(self.draft[:num_drafted])
+        known = self.draft[:num_drafted]
+        self.token_ids.extend(known or [0] * num_drafted)
         self.token_ids.append(0)
         self.num_pending += num_drafted + 1
         self.draft = self.draft_parents = ()
@@ -396,13 +401,13 @@ class Request:
         known = len(self.token_ids) - self.num_pending
         return self.token_ids[max(known - count, 0) : known]
 
-    def drop_pending(self) -> None:
-        """Take back the placeholders for which no token came: drafts that were wrong.
+    def drop_pending(self, count: int) -> None:
+        """Take back placeholders for which no token comes: drafts that were wrong.
 
         Their keys and values are in the cache and will be written over.
         """
-        del self.token_ids[len(self.token_ids) - self.num_pending :]
-        self.num_pending = 0
+        del self.token_ids[len(self.token_ids) - count :]
+        self.num_pending -= count
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     def keep_allowed_draft(self) -> None:
@@ -424,15 +429,28 @@ class Request:
         return min(same, self.max_tokens) - count - 1
 
     @property
+    def num_unseen_draft(self) -> int:
+        """Tokens that the next step verifies of a draft that the host has not seen."""
+        if not (self.num_drafted_ahead and self.num_pending):  # else its draft is known by now
+            return 0
+        return max(min(self.num_drafted_ahead, self.max_tokens - self.num_drawn - 1), 0)
+
+    @property
     def verifies(self) -> bool:
-        """Whether a draft of it is on the device: where its tokens end is not known before."""
+        """Whether a draft of it is being verified: where its tokens end is not known before."""
         return self.num_pending > 1
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether its next step shall verify one."""
+        return bool(self.draft) or self.num_unseen_draft > 0
 
     @property
     def holds_others_up(self) -> bool:
         """Whether it waits for tokens, and others of its kind wait with it."""
         # Who has just begun holds nobody up: or else many that begin in turn hold up all others.
-        return self.verifies or (self.is_structured and 0 < self.num_pending < self.num_drawn)
+        waits = self.verifies and not self.runs_ahead
+        return waits or (self.is_structured and 0 < self.num_pending < self.num_drawn)
 
     @property
     def waits_for_tokens(self) -> bool:
@@ -440,7 +458,8 @@ class Request:
         if not self.num_pending:
             return False
         host_decides = self.params.bad_words or self.params.min_tokens or self.is_structured
-        return bool(host_decides or self.draft) or self.verifies or self.all_drawn
+        unknown = self.verifies and not self.runs_ahead
+        return bool(host_decides or self.draft) or unknown or self.all_drawn
 
     @property
     def waits_for_masks(self) -> bool:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ MAX_DRAFT_LEN = 128
 MAX_TREE_LEN = 31
 """Most tokens of a draft that is a tree: what a token sees of it is a word of bits."""
 _DEFAULT_DRAFT_LEN = {"suffix": 16, "ngram": 4}
+_DEFAULT_ON_DEVICE = 15  # with the token before them 16 rows, a shape that there is
 _ON_DEVICE = {"arctic": "speculator", "mlp_speculator": "speculator", "draft_model": "draft model"}
 # vLLM's names for what Arctic named first.
 _ALIASES = {
@@ -40,8 +41,8 @@ class SpeculativeConfig:
         model: the speculator of `arctic` and `mlp_speculator`, which mean the same, or the smaller
             language model of `draft_model`; others ignore it.
         revision: of it, on the hub.
-        num_speculative_tokens: most tokens of a draft; by default 16 (`suffix`), 4 (`ngram`,
-            `draft_model`), or what the speculator was made for.
+        num_speculative_tokens: most tokens of a draft; by default 16 (`suffix`, 15 on the device),
+            4 (`ngram`, `draft_model`), or what the speculator was made for.
         enable_suffix_decoding: with a model, its drafts are for where suffix decoding is not sure
             of itself; without a method, this is the method `suffix`.
         disable_by_batch_size: of a step of more requests only the first so many draft.
@@ -56,6 +57,9 @@ class SpeculativeConfig:
         suffix_max_spec_factor: most drafted tokens for each token matched ...
         suffix_max_spec_offset: ... and beside those.
         suffix_min_token_prob: tokens less probable are not drafted.
+        suffix_on_device: look for what came before in the request itself, on the device and within
+            the step, so that no step waits for the host. Other responses are not looked at, and
+            drafts are no trees. By default on GPUs, unless `suffix_use_tree_spec`.
         suffix_use_tree_spec: draft trees of the likeliest tokens, of at most `MAX_TREE_LEN`, not
             the likeliest path.
         prompt_lookup_max: longest sequence of tokens that `ngram` looks for, by default 5.
@@ -76,6 +80,7 @@ class SpeculativeConfig:
     suffix_max_spec_factor: float = 1.0
     suffix_max_spec_offset: float = 0.0
     suffix_min_token_prob: float = 0.1
+    suffix_on_device: bool | None = None
     suffix_use_tree_spec: bool = False
     prompt_lookup_max: int | None = None
     prompt_lookup_min: int | None = None
@@ -103,6 +108,8 @@ class SpeculativeConfig:
         for name in ("model", "revision"):
             if not isinstance(getattr(self, name), str | None):
                 _refuse(name, getattr(self, name), "must be a name")
+        if not isinstance(self.suffix_on_device, bool | None):
+            _refuse("suffix_on_device", self.suffix_on_device, "must be true or false")
         for name in ("enable_suffix_decoding", "adaptive", "suffix_use_tree_spec"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "must be true or false")
@@ -118,6 +125,8 @@ class SpeculativeConfig:
             value = getattr(self, name)
             if isinstance(value, bool | str) or value is None or not math.isfinite(value):
                 _refuse(name, value, "must be a finite number")
+        if self.suffix_on_device and not self.uses_suffixes:
+            _refuse("suffix_on_device", True, "must be false without suffix decoding")
         self._check_trees()
         shortest, longest = self.lookup_lengths
         if shortest > longest:
@@ -171,6 +180,8 @@ class SpeculativeConfig:
         if self.kind is None:
             return 0
         if self.drafts_on_device:
+            if self.suffix_on_device:
+                return self.num_drafted_on_device
             short = self.num_drafted_on_device
             return max(short, self._longest_of_hybrid) if self.is_hybrid else short
         given = self.kind == "suffix" and self.suffix_speculative_tokens
@@ -178,18 +189,38 @@ class SpeculativeConfig:
 
     @property
     def drafts_on_device(self) -> bool:
-        """Whether a network beside the model drafts, within the step."""
-        return self.method in _ON_DEVICE
+        """Whether drafts are made within the step."""
+        return self.method in _ON_DEVICE or bool(self.suffix_on_device)
+
+    @property
+    def uses_suffixes(self) -> bool:
+        """Whether there is suffix decoding, alone or beside a network."""
+        return self.kind == "suffix" or self.is_hybrid
+
+    def on(self, platform: str) -> SpeculativeConfig:
+        """Return what is meant on "gpu" or "cpu" where the user left it open."""
+        if self.suffix_on_device is not None:
+            return self
+        on_device = platform == "gpu" and self.uses_suffixes and not self.suffix_use_tree_spec
+        return replace(self, suffix_on_device=on_device)
 
     @property
     def is_hybrid(self) -> bool:
         """Whether suffix decoding goes first, and the network drafts where it is not sure."""
-        return self.drafts_on_device and self.enable_suffix_decoding
+        return self.method in _ON_DEVICE and self.enable_suffix_decoding
 
     @property
     def num_drafted_on_device(self) -> int:
-        """Tokens of the network's drafts; 0 while it is not known what it was made for."""
+        """Tokens of its drafts; 0 while it is not known what a network was made for."""
+        if self.suffix_on_device:
+            return self.num_matched_on_device
         return self.num_speculative_tokens or 0
+
+    @property
+    def num_matched_on_device(self) -> int:
+        """Most tokens of a draft by suffix decoding on the device."""
+        given = self.num_speculative_tokens if self.kind == "suffix" else None
+        return self.suffix_speculative_tokens or given or _DEFAULT_ON_DEVICE
 
     @property
     def _longest_of_hybrid(self) -> int:
@@ -205,8 +236,10 @@ class SpeculativeConfig:
     def _check_trees(self) -> None:
         if not self.suffix_use_tree_spec:
             return
-        if self.kind != "suffix" and not self.is_hybrid:
+        if not self.uses_suffixes:
             _refuse("suffix_use_tree_spec", True, "must be false without suffix decoding")
+        if self.suffix_on_device:
+            _refuse("suffix_use_tree_spec", True, "must be false with suffix_on_device")
         if self.method == "draft_model":  # it goes on where the known tokens end in the cache
             _refuse("suffix_use_tree_spec", True, "must be false beside a draft model")
         for name in ("num_speculative_tokens", "suffix_speculative_tokens"):

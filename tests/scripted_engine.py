@@ -113,6 +113,8 @@ class ScriptedEngine:
         request, answer = part.request, self.answers[part.request]
         known = len(request.output_token_ids)
         drafted = request.token_ids[part.end - part.num_drafted : part.end]
+        if part.unseen:  # the step before made it
+            drafted = self._device_draft(request)[: part.num_drafted]
         right = answer[known : known + part.num_drafted]
         pairs = enumerate(zip(drafted, right, strict=False))
         count = next((i for i, (a, b) in pairs if a != b), len(right))
@@ -121,7 +123,7 @@ class ScriptedEngine:
             self.num_tokens += 1
         if part.num_drafted:
             part.num_accepted = len(request.output_token_ids) - known - 1
-            request.drop_pending()
+            request.drop_pending(part.num_drafted - part.num_accepted)
         if len(request.output_token_ids) == len(answer):
             self.scheduler.finish(request, RequestStatus.LENGTH)
             self.proposer.finish(request)

@@ -176,14 +176,17 @@ def assert_equal(actual: CompletionOutput, plain: CompletionOutput) -> None:
         assert left == pytest.approx(right, abs=2e-4)
 
 
-def check_any_schedule(engine: EngineCore, requests: list, arrivals: list[int]) -> None:
-    """The drafts of the engine's own proposer change no answer."""
+def check_any_schedule(
+    engine: EngineCore, requests: list, arrivals: list[int], *more: Proposer
+) -> None:
+    """The drafts of the engine's own proposer, and of `more`, change no answer."""
     if not engine.runner.max_prompt_rows:  # SwiftKV
         requests = [(p, dataclasses.replace(s, prompt_logprobs=None)) for p, s in requests]
     plain = generate(engine, requests, arrivals=arrivals)
-    drafted = generate(engine, requests, build_proposer(engine.config.speculative), arrivals)
-    for actual, wanted in zip(drafted, plain, strict=True):
-        assert_equal(actual, wanted)
+    for proposer in (*more, build_proposer(engine.config.speculative)):
+        drafted = generate(engine, requests, proposer, arrivals)
+        for actual, wanted in zip(drafted, plain, strict=True):
+            assert_equal(actual, wanted)
 
 
 BEGINNINGS = [[int(t) for t in np.random.default_rng(i).integers(0, 97, 24)] for i in range(3)]

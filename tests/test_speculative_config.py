@@ -1,6 +1,7 @@
 """Users' settings of speculation: Arctic's keys, vLLM's keys, and what is refused."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -156,3 +157,31 @@ def test_a_soft_cut_off_above_the_hard_one_warns(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, "arctic_jax"):
         of(method="suffix", hard_disable_by_batch_size=8)
     assert "hard_disable_by_batch_size=8 is not above disable_by_batch_size=64" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "on_gpu"),
+    [
+        ({"method": "suffix"}, True),
+        ({"method": "arctic", "model": "m", "enable_suffix_decoding": True}, True),
+        ({"method": "arctic", "model": "m"}, False),
+        ({"method": "suffix", "suffix_use_tree_spec": True}, False),
+        ({"method": "suffix", "suffix_on_device": False}, False),
+        ({"method": "ngram"}, False),
+    ],
+)
+def test_gpus_look_for_suffixes_themselves(config: dict, on_gpu: bool) -> None:
+    given = SpeculativeConfig.from_user(config)
+    assert given.on("gpu").suffix_on_device is on_gpu
+    assert given.on("cpu").suffix_on_device is False
+
+
+def test_how_much_is_drafted_on_the_device() -> None:
+    on_device = {"suffix_on_device": True}
+    alone = SpeculativeConfig.from_user({"method": "suffix", **on_device})
+    assert alone.max_draft_len == alone.num_drafted_on_device == 15
+    assert replace(alone, num_speculative_tokens=7).max_draft_len == 7
+    both = {"method": "arctic", "model": "m", "enable_suffix_decoding": True, **on_device}
+    hybrid = SpeculativeConfig.from_user(both | {"num_speculative_tokens": 3})
+    assert hybrid.max_draft_len == hybrid.num_drafted_on_device == 15
+    assert replace(hybrid, suffix_speculative_tokens=9).max_draft_len == 9

@@ -61,11 +61,12 @@ class EngineCore:
         _prepare_jax(config)
         multihost.join(config.parallel)
         limits = config.scheduler.limits(jax.default_backend())
+        config = replace(config, speculative=config.speculative.on(jax.default_backend()))
         self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)
         model_config = cls.config_from_hf(self.files.config)
         drafter = open_drafter(config, self.files, model_config, report)
-        if drafter is not None:
+        if drafter is not None and not config.speculative.num_drafted_on_device:
             length = drafter.drafting.num_tokens
             speculative = replace(config.speculative, num_speculative_tokens=length)
             config = replace(config, speculative=speculative)

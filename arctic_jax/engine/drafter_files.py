@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 from arctic_jax.config import EngineConfig, ModelConfig
 from arctic_jax.engine.drafting import Drafting, ModelDrafting, SpeculatorDrafting
+from arctic_jax.engine.suffix_matching import HybridDrafting, SuffixMatching
 from arctic_jax.errors import UnsupportedModelError
 from arctic_jax.loading.model_files import ModelFiles, open_model, open_weights
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.registry import model_class, speculator_class
 from arctic_jax.progress import Report
+from arctic_jax.speculative_config import SpeculativeConfig
 from arctic_jax.weights import Checkpoint, Renamed
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ class DrafterFiles:
 
     Attributes:
         drafting: what it is made of, and how much it drafts.
-        checkpoint: its weights; `None` for random ones.
+        checkpoint: its weights; `None` for random ones, or none.
     """
 
     drafting: Drafting
@@ -45,11 +47,37 @@ def open_drafter(
         UnsupportedModelError: it is none, or not one for the model.
         ValueError: it drafts fewer tokens than are wanted.
     """
-    if not config.speculative.drafts_on_device:
+    speculative = config.speculative
+    if not speculative.drafts_on_device:
         return None
-    if config.speculative.kind == "draft_model":
-        return _open_draft_model(config, base_files, base, report)
-    return _open_speculator(config, base, report)
+    if speculative.kind == "suffix":
+        return DrafterFiles(_matching(speculative), None)
+    if speculative.kind == "draft_model":
+        files = _open_draft_model(config, base_files, base, report)
+    else:
+        files = _open_speculator(config, base, report)
+    if not speculative.suffix_on_device:
+        return files
+    return replace(files, drafting=_hybrid(speculative, files.drafting))
+
+
+def _matching(speculative: SpeculativeConfig) -> SuffixMatching:
+    return SuffixMatching(
+        speculative.num_matched_on_device,
+        speculative.disable_by_batch_size,
+        speculative.suffix_max_spec_factor,
+        speculative.suffix_max_spec_offset,
+    )
+
+
+def _hybrid(speculative: SpeculativeConfig, other: Drafting) -> HybridDrafting:
+    matching = _matching(speculative)
+    if matching.num_tokens < other.num_tokens:
+        raise ValueError(
+            f"speculative_config: suffix_speculative_tokens={matching.num_tokens} are fewer "
+            f"than the {other.num_tokens} of {speculative.model!r}"
+        )
+    return HybridDrafting(matching.num_tokens, matching.max_num_seqs, matching, other)
 
 
 def _open_speculator(config: EngineConfig, base: ModelConfig, report: Report) -> DrafterFiles:

@@ -7,7 +7,7 @@ with the step's output.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from arctic_jax.batch import ForwardBatch, StepOutput
 from arctic_jax.config import ModelConfig
-from arctic_jax.kv_cache import KVCache, KVCaches, ModelCacheSpec
+from arctic_jax.kv_cache import KVCache, KVCaches, ModelCacheSpec, TokenCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.models.speculator import Speculator, SpeculatorConfig, Vocabulary
 from arctic_jax.shift_parallel import ALONE, MeshLayout
@@ -60,19 +60,22 @@ class Drafting:
     Attributes:
         num_tokens: K, of a draft.
         max_num_seqs: only the first so many sequences of a step get one.
-        layout: in which the network's weights lie; `None` for that of the step.
     """
 
     num_tokens: int
     max_num_seqs: int
-    layout: ClassVar[MeshLayout | None] = None
+
+    @property
+    def layout(self) -> MeshLayout | None:
+        """In which the network's weights lie; `None` for that of the step."""
+        return None
 
     def module(self, num_shards: int, implementation: str | None) -> Any:
         """Return the network without its parameters."""
         raise NotImplementedError
 
-    def caches(self) -> tuple[ModelCacheSpec, ...]:
-        """Return the caches that it has beside the model's: none or one."""
+    def caches(self) -> tuple[ModelCacheSpec | TokenCacheSpec, ...]:
+        """Return the caches that it has beside the model's."""
         raise NotImplementedError
 
     def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
@@ -84,7 +87,8 @@ class Drafting:
             caches: its own.
 
         Returns:
-            `[D, K]`, a row each sequence; of one that drew nothing, anything. And the caches.
+            `[D, K]`, a row each sequence, -1 after a shorter draft; of one that drew nothing,
+            anything. And the caches.
         """
         raise NotImplementedError
 
@@ -133,7 +137,11 @@ class ModelDrafting(Drafting):
     model_class: type[LlamaForCausalLM]
     config: ModelConfig
     block_size: int
-    layout: ClassVar[MeshLayout | None] = ALONE
+
+    @property
+    def layout(self) -> MeshLayout:
+        """See `Drafting`."""
+        return ALONE
 
     def module(self, num_shards: int, implementation: str | None) -> LlamaForCausalLM:
         """See `Drafting`."""

@@ -57,9 +57,9 @@ def _serving(ladder: Sequence[Bucket], fewest: int, most: int | None) -> tuple[B
         kinds.setdefault(kind, []).append(bucket)
     kept = []
     for rungs in kinds.values():
-        below = 0
         for bucket in rungs:
+            smaller = [b.num_tokens for b in rungs if b.num_tokens < bucket.num_tokens]
+            below = max(smaller, default=0)
             if bucket.num_tokens >= fewest and (most is None or below < most):
                 kept.append(bucket)
-            below = bucket.num_tokens
     return tuple(sorted(kept))

@@ -126,20 +126,18 @@ class OutputProcessor:
     ) -> RequestStatus | None:
         """Append the tokens of rows, all accepted drafts but the last, up to an end."""
         request, status, known = part.request, None, len(part.request.output_token_ids)
-        for i, row in enumerate(rows):
+        for row in rows:
             if output.finite[row]:
                 status = self._take_token(request, row, output, group)
             else:  # what comes after an end may be as it likes
-                status = self._fail(request, part.end - part.num_draws + i)
+                status = self._fail(request, request.num_tokens - request.num_pending - 1)
             if status is not None:
                 break
         if part.num_drafted:
             part.num_accepted = max(len(request.output_token_ids) - known - 1, 0)
             if part.parents:  # the rows of drafted tokens come after that of the last known one
                 part.accepted = [row - rows[0] - 1 for row in rows[1 : 1 + part.num_accepted]]
-            request.num_drafted_tokens += part.num_drafted
-            request.num_accepted_tokens += part.num_accepted
-            request.drop_pending()
+            request.drop_pending(part.num_drafted - part.num_accepted)
         return status
 
     def _fail(self, request: Request, position: int) -> RequestStatus:

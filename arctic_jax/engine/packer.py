@@ -12,7 +12,14 @@ from itertools import chain
 
 import numpy as np
 
-from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest, host_views, packed_size
+from arctic_jax.batch import (
+    UNSEEN_DRAFT,
+    Bucket,
+    ScheduledBatch,
+    ScheduledRequest,
+    host_views,
+    packed_size,
+)
 from arctic_jax.request import Request
 from arctic_jax.spec_decode import draft_tree
 
@@ -25,11 +32,20 @@ class StepPacker:
         max_blocks: of a sequence.
         block_size: tokens of a block.
         vocab_size: of the model.
+        max_rows: of a step's output ...
+        num_drafted: ... and the tokens of each draft in it.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_blocks: int, block_size: int, vocab_size: int
+        self,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        max_rows: int,
+        num_drafted: int,
     ) -> None:
+        self.max_rows, self.num_drafted = max_rows, num_drafted
         self.max_blocks = max_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
@@ -48,7 +64,8 @@ class StepPacker:
         }
         # Whose row it is, and how often that request was preempted: then it has other blocks.
         self._owner: list[tuple[Request | None, int]] = [(None, 0)] * max_num_seqs
-        self._row_of: dict[Request, int] = {}  # in the step packed last
+        # In the step packed last: which part each request had, and its last row.
+        self._before: dict[Request, tuple[int, ScheduledRequest, int]] = {}
 
     def pack(self, scheduled: ScheduledBatch, bucket: Bucket) -> np.ndarray:
         """Write a step into a new array, in the bucket's shape."""
@@ -70,9 +87,9 @@ class StepPacker:
         views = host_views(packed, bucket, self.max_blocks)
         views["token_ids"][:T] = _token_ids(parts)
         views["token_source"][:] = -1
-        for part, end in zip(parts, seq_ends.tolist(), strict=True):
+        for i, (part, end) in enumerate(zip(parts, seq_ends.tolist(), strict=True)):
             if part.request.num_pending > part.num_draws:  # the step before draws the last one
-                views["token_source"][end - 1] = self._row_of[part.request]
+                self._follow(part, i, end, views)
         views["positions"][:T] = places
         views["slot_mapping"][T:] = -1
         blocks = self._block_tables[slots[seq], places // size]
@@ -100,7 +117,8 @@ class StepPacker:
                 after = part.request.token_ids[part.end - part.num_rows + 1 :]
                 name = "row_draft" if part.num_drafted else "row_target"
                 rows_before_last = slice(end - part.num_rows, end - part.samples)
-                views[name][rows_before_last] = after[: part.num_extra_rows]
+                unseen = [UNSEEN_DRAFT] * part.num_drafted if part.unseen else after
+                views[name][rows_before_last] = unseen[: part.num_extra_rows]
         if bucket.has_trees:
             views["draft_mask"][:] = -1
             for part, token_end, row_end in zip(parts, seq_ends, row_ends, strict=True):
@@ -113,8 +131,25 @@ class StepPacker:
         views["want_logprobs"][...] = any(
             request.params.logprobs is not None or request.wants_prompt_rows for request in requests
         )
-        self._row_of = dict(zip(requests, (row_ends - 1).tolist(), strict=True))
+        last_rows = (row_ends - 1).tolist()
+        self._before = {
+            part.request: (i, part, row)
+            for i, (part, row) in enumerate(zip(parts, last_rows, strict=True))
+        }
         return packed
+
+    def _follow(
+        self, part: ScheduledRequest, seq: int, end: int, views: dict[str, np.ndarray]
+    ) -> None:
+        """Say where the device finds tokens that it is still drawing, or has drafted."""
+        seq_before, before, row = self._before[part.request]
+        first = end - part.num_drafted
+        views["token_source"][first - 1] = row
+        views["before_row"][seq] = row
+        views["before_drafted"][seq] = before.num_drafted
+        if part.unseen:
+            drafts = self.max_rows + seq_before * self.num_drafted
+            views["token_source"][first:end] = drafts + np.arange(part.num_drafted)
 
     def _refresh(self, request: Request) -> None:
         """Bring the request's row up to date."""

@@ -48,7 +48,7 @@ from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.sampler_rows import SamplerRows
 from arctic_jax.engine.step_program import StepProgram
 from arctic_jax.engine.weight_loading import WeightLoader
-from arctic_jax.kv_cache import KVCaches, KVCacheSpec, ModelCacheSpec
+from arctic_jax.kv_cache import KVCaches, KVCacheSpec, ModelCacheSpec, TokenCacheSpec
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted, silent
@@ -155,7 +155,9 @@ class ModelRunner:
         self.leaves, partitions = loader.load(model, checkpoint, "weights")
         heads = PartitionSpec(None, None, self.layouts[-1].devices or None)
         layers, head_dim = model_config.num_cache_layers, model_config.head_dim
-        caches = [ModelCacheSpec(layers, model.num_kv_groups, head_dim, heads)]
+        caches: list[ModelCacheSpec | TokenCacheSpec] = [
+            ModelCacheSpec(layers, model.num_kv_groups, head_dim, heads)
+        ]
         drafting = drafter.drafting if drafter else None
         if drafter is not None:
             module = drafter.drafting.module(num_shards, implementation)
@@ -206,7 +208,7 @@ class ModelRunner:
             SamplerState.zeros(self.max_num_seqs, model_config.vocab_size, self.max_masks),
             replicated,
         )
-        self._num_drafted = drafting.num_tokens if drafting else 0
+        self._num_drafted = program.num_drafted
         width = StepOutput.width(config.scheduler.max_logprobs, self._num_drafted)
         self._output = jax.device_put(np.zeros((max_rows, width), np.int32), replicated)
         self.packer = self._new_packer()
@@ -296,6 +298,8 @@ class ModelRunner:
             self.max_blocks_per_seq,
             self.cache_spec.block_size,
             self.model_config.vocab_size,
+            len(self._output),
+            self._num_drafted,
         )
 
     def _compile(

@@ -87,6 +87,8 @@ class Scheduler:
         prefill = max(mixed - streams, mixed // 2, 1) if streams else tokens
         # Those that wait for their tokens wait for each other, too, and so share their steps.
         held_up = any(r.holds_others_up for r in self.running)
+        num_drafts = sum(r.has_draft for r in self.running)
+        rows_of_draft = max(rows // num_drafts, 1) if num_drafts else rows
         preempted = False
 
         i = 0
@@ -94,7 +96,8 @@ class Scheduler:
             request = self.running[i]
             missing = request.num_tokens - request.num_computed_tokens
             most = tokens if missing == 1 else min(tokens, prefill)
-            part = ScheduledRequest.plan(request, request.num_computed_tokens, most, rows)
+            most_rows = min(rows, rows_of_draft) if num_drafts and request.has_draft else rows
+            part = ScheduledRequest.plan(request, request.num_computed_tokens, most, most_rows)
             # Without tokens: none, or no rows, are left for its prompt.
             waits = held_up and part.samples and request.goes_with_others
             waits = waits or (part.samples and request.waits_for_masks)
@@ -182,6 +185,7 @@ class Scheduler:
         self.running.remove(request)
         self._detach(request)
         request.draft = request.draft_parents = ()
+        request.num_drafted_ahead = 0
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         self._enqueue(self.waiting, request)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from arctic_jax.batch import Bucket, StepOutput, packed_size, unpack
+from arctic_jax.batch import Bucket, StepOutput, packed_size, resolve, unpack
 from arctic_jax.config import ModelConfig
 from arctic_jax.engine import sampler
 from arctic_jax.engine.drafting import Drafting, Drawn
@@ -137,8 +137,7 @@ class StepProgram:
 
     def output(self, mesh: Mesh) -> Any:
         """Return the abstract output of a step."""
-        drafted = self.drafting.num_tokens if self.drafting else 0
-        shape = (self.max_rows, StepOutput.width(self.max_logprobs, drafted))
+        shape = (self.max_rows, StepOutput.width(self.max_logprobs, self.num_drafted))
         return _abstract(shape, jnp.int32, mesh)
 
     def move(self, num_blocks: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -152,6 +151,11 @@ class StepProgram:
         function = jax.shard_map(moved, mesh=mesh, in_specs=(lies, REPLICATED), out_specs=lies)
         return jax.jit(function, donate_argnums=0), (self.cache.shapes(num_blocks, mesh), slots)
 
+    @property
+    def num_drafted(self) -> int:
+        """Tokens of each draft in a step's output."""
+        return self.drafting.num_tokens if self.drafting else 0
+
     def _modules(self) -> tuple[LlamaForCausalLM, Any]:
         """Return the modules without their parameters."""
         return _abstract_modules(
@@ -164,6 +168,7 @@ class StepProgram:
     def _function(self, step: Step, mesh: Mesh) -> Any:
         layout, bucket, _ = step
         max_draft_len = self.max_draft_len if bucket.num_rows > bucket.num_seqs else 0
+        num_drafted = self.num_drafted
         tree = jax.tree.structure(self._modules())
 
         def run(
@@ -173,10 +178,7 @@ class StepProgram:
             model, drafter = jax.tree.unflatten(tree, leaves)
             cache, *drafter_caches = caches
             batch = unpack(packed, bucket, self.max_blocks_per_seq)
-            known = batch.token_source < 0
-            drawn = StepOutput.token_ids_of(before)[jnp.maximum(batch.token_source, 0)]
-            token_ids = jnp.where(known, batch.token_ids, drawn)
-            batch = dataclasses.replace(batch, token_ids=token_ids)
+            batch = resolve(batch, before, num_drafted, self.max_draft_len, self.cache.block_size)
             hidden, cache = model.hidden_states(batch, cache, layout)
             logits = model.logits(hidden, layout)
             output, state = sampler.sample(

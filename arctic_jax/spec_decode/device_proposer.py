@@ -1,7 +1,7 @@
-"""Drafts that the step before made on the device, by a network beside the model. Host only.
+"""Drafts that the step before made on the device. Host only.
 
-A speculator or a draft model is a part of the step program (`engine/drafting.py`): its drafts come
-to the host with the tokens.
+A speculator, a draft model or suffix decoding is a part of the step program (`engine/drafting.py`,
+`engine/suffix_matching.py`): its drafts come to the host with the tokens.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from arctic_jax.speculative_config import SpeculativeConfig
 if TYPE_CHECKING:  # it imports jax, which this package does without
     from arctic_jax.batch import HostOutput, ScheduledBatch
 
+_LEAST_GAIN = 0.1  # tokens, for rows that others wait for
+
 
 class DeviceProposer(HostProposer):
-    """The methods `arctic`, `mlp_speculator` and `draft_model`.
+    """The methods `arctic`, `mlp_speculator` and `draft_model`, and whatever else is on the device.
 
-    Drafts do not become shorter after wrong ones, as those that are made on the host: they are
-    there already, and a row more of a step costs next to nothing. One draft follows the other, so
-    that it counts for little that the steps launched ahead are left and come back to.
+    Drafts are verified by steps that begin before the host has seen them, and nobody waits. So what
+    a draft promises is taken from the one before it, and all that drafts cost is that the steps of
+    all requests take longer: they are made if together they promise more.
     """
-
-    portions_to_begin = 1
 
     def __init__(self, config: SpeculativeConfig) -> None:
         super().__init__(config)
@@ -46,15 +46,45 @@ class DeviceProposer(HostProposer):
         first = scheduled.requests[: self.config.disable_by_batch_size]
         drafts = output.drafts[: len(first)].tolist()
         self._drafted = {p.request: d for p, d in zip(first, drafts, strict=True) if p.samples}
+        for part in scheduled.requests:
+            part.request.runs_ahead = True
         super().propose(scheduled, output)
 
     def drafts(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[Draft]:
         """See `HostProposer`; its tokens have no probabilities, so each counts as one."""
-        found = [
-            self._drafted.get(request, [])[:limit]
-            for request, limit in zip(requests, limits, strict=True)
-        ]
-        return [Draft(tokens, [1.0] * len(tokens)) for tokens in found]
+        found = []
+        for request, limit in zip(requests, limits, strict=True):
+            tokens = self._drafted.get(request, [])[:limit]
+            tokens = tokens[: tokens.index(-1)] if -1 in tokens else tokens
+            found.append(Draft(tokens, [1.0] * len(tokens), on_device=True))
+        return found
 
-    def _limit(self, request: Request) -> int:
-        return min(self.config.max_draft_len, request.max_draft_len)
+    def _make_those_worth(self, found: Mapping[Request, Draft], waited: set[Request]) -> None:
+        ahead = {request: draft for request, draft in found.items() if draft.on_device}
+        if len(ahead) < len(found):
+            rest = {r: draft for r, draft in found.items() if r not in ahead}
+            super()._make_those_worth(rest, waited)
+        trust, num_requests = self._trust.value(), len(self._progress)
+        gains: dict[Request, float] = {}
+        for request, draft in ahead.items():
+            progress = self._progress[request]
+            progress.acceptance.has_found(True)  # there is nothing to look for
+            if draft.token_ids:
+                gains[request] = len(draft.token_ids) * progress.acceptance.trust.value(trust)
+                if progress.guess is None or request.verifies:
+                    progress.remember(draft, len(request.output_token_ids))
+        gains = {request: gain for request, gain in gains.items() if gain >= _LEAST_GAIN}
+        if sum(gains.values()) >= num_requests * self.costs.of_step(num_requests):
+            for request in gains:
+                self._make(request, ahead[request])
+            self.costs.made(num_requests, len(gains), 0)
+
+    def _make(self, request: Request, draft: Draft) -> None:
+        if not (draft.on_device and request.num_pending):
+            request.runs_ahead &= not draft.parents  # the host says where a tree's tokens go
+            super()._make(request, draft)
+            return
+        progress = self._progress[request]
+        progress.remember(draft, len(request.output_token_ids))
+        most = self.config.num_drafted_on_device
+        request.num_drafted_ahead = min(progress.acceptance.length, most)

@@ -18,12 +18,14 @@ class Draft:
         score: their sum, as the drafter itself adds them up; 0 of one that does not.
         parents: of a tree, see `draft_tree`; empty if each token follows the one before it. Tokens
             that follow the same one differ.
+        on_device: the device has made it, and can verify the next one before the host sees it.
     """
 
     token_ids: Sequence[int] = ()
     probs: Sequence[float] = ()
     score: float = 0.0
     parents: Sequence[int] = ()
+    on_device: bool = False
 
     @staticmethod
     def of_tree(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 PRIOR = 1.0
 """Tokens that a portion is taken to cost before any was measured: a step of its request's."""
-_WEIGHT = 2.0  # of that, in portions
+_PRIOR_OF_STEP = 0.25  # of what a step with drafts takes longer, in steps
+_WEIGHT = 2.0  # of that, in portions or steps
 _ENOUGH_PORTIONS = 8.0
 _OLD = 0.97  # weight of what was measured before, at each portion
 _FADING = 0.999  # ... and at each step without drafts
@@ -33,6 +34,8 @@ class _Costs:
         portions: portions of tokens that their requests waited for.
         missed: tokens of steps that those sat out.
         delay: tokens that all requests could have had in the time that steps took longer.
+        num_drafting: steps with drafts ...
+        longer: ... and how many steps without would have fitted into what they took longer.
     """
 
     plain: float = 0.0
@@ -41,6 +44,8 @@ class _Costs:
     portions: float = 0.0
     missed: float = 0.0
     delay: float = 0.0
+    num_drafting: float = 0.0
+    longer: float = 0.0
 
     def took(self, seconds: float, mixed: bool) -> None:
         """Learn what a step without drafts took; one stall does not change it much."""
@@ -54,6 +59,8 @@ class _Costs:
             seconds = min(seconds, _OUTLIER * self.plain)
         self.plain += max(_NEW, 1 / self.num_plain) * (seconds - self.plain)
         self._forget(_FADING)
+        self.num_drafting *= _FADING
+        self.longer *= _FADING
 
     def waited(self, portions: int) -> None:
         self._forget(_OLD**portions)
@@ -67,6 +74,14 @@ class _Costs:
     def of_portion(self) -> float:
         lost = max(self.missed, 0.0) + max(self.delay, 0.0)
         return min(max((_WEIGHT * PRIOR + lost) / (_WEIGHT + self.portions), _LEAST), _MOST)
+
+    def drafted(self, steps: float) -> None:
+        self.num_drafting = _OLD * self.num_drafting + 1
+        self.longer = _OLD * self.longer + steps - 1
+
+    @property
+    def of_step(self) -> float:
+        return max(_WEIGHT * _PRIOR_OF_STEP + self.longer, 0.0) / (_WEIGHT + self.num_drafting)
 
     def _forget(self, rest: float) -> None:
         self.portions *= rest
@@ -112,6 +127,8 @@ class DraftCosts:
         steps = 1.0 if mixed else min((now - last) / costs.plain, _MOST)
         if around_drafts:
             costs.waited(num_drafts)
+            if num_drafts and not mixed:
+                costs.drafted(steps)
             costs.missed += num_requests - num_sampled
             costs.delay += num_requests * (steps - 1)
         return steps
@@ -129,6 +146,10 @@ class DraftCosts:
     def of_portion(self, num_requests: int) -> float:
         """Return how many tokens are lost where a request waits for its tokens."""
         return self._costs(num_requests).of_portion
+
+    def of_step(self, num_requests: int) -> float:
+        """Return how many steps longer one with drafts takes, where nobody waits for it."""
+        return self._costs(num_requests).of_step
 
     def known(self, num_requests: int) -> bool:
         """Whether that was measured often enough, of late."""

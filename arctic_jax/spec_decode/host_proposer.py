@@ -31,6 +31,7 @@ from arctic_jax.speculative_config import SpeculativeConfig
 if TYPE_CHECKING:  # it imports jax, which this package does without
     from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
 
+_TO_BEGIN = 2  # portions that a request launched ahead waits for, see `DraftCosts`
 _ALL = 0.98  # weight of older drafts in the trust of all requests
 _OF_GAINS = 0.1, 0.3  # for looks, and for steps
 _NEW = 0.1  # of the last drafts in how long it takes to make one
@@ -66,9 +67,6 @@ class HostProposer:
     Args:
         config: lengths, cut-offs, and whether drafts follow their success.
     """
-
-    portions_to_begin = 2
-    """Those that a request launched ahead must gain to draft: it waits twice, see `DraftCosts`."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self.config = config
@@ -119,7 +117,8 @@ class HostProposer:
             if request.status is not RequestStatus.RUNNING:
                 continue
             hopes = progress.is_started and progress.acceptance.patience > 0
-            (looking if request.draft or hopes else idle).append(request)
+            drafts = request.draft or request.num_drafted_ahead
+            (looking if drafts or hopes else idle).append(request)
         if self.config.adaptive:
             mixed = scheduled.num_tokens - scheduled.num_drafted > len(scheduled.requests)
             self._account(num_sampled, num_drafts, num_accepted, mixed)
@@ -151,18 +150,22 @@ class HostProposer:
 
     def _verified(self, part: ScheduledRequest) -> None:
         """Learn from a draft that a step verified."""
-        self.stats.add(part.num_drafted, part.num_accepted, part.parents)
-        progress = self._progress.get(part.request)
+        progress, drafted = self._progress.get(part.request), part.num_drafted
+        if part.unseen and progress is not None and progress.guess is not None:
+            drafted = min(drafted, len(progress.guess.token_ids))  # it was shorter than supposed
+        self.stats.add(drafted, part.num_accepted, part.parents)
+        part.request.num_drafted_tokens += drafted
+        part.request.num_accepted_tokens += part.num_accepted
         if progress is None or progress.guess is None or not self.config.adaptive:
             return
-        probs = progress.guess.probs[: part.num_drafted]
+        probs = progress.guess.probs[:drafted]
         needed = part.num_accepted
         if part.parents:
             needed = draft_tree.num_needed(part.parents, probs, part.accepted)
         progress.guess = None
         cost = self.costs.of_portion(len(self._progress))
         progress.acceptance.book(part.num_accepted - cost)
-        self._learn(progress, part.num_drafted, sum(probs), part.num_accepted, needed)
+        self._learn(progress, drafted, sum(probs), part.num_accepted, needed)
 
     def _compare(self, request: Request, progress: _Progress) -> None:
         """Learn from a draft that was not verified, once it is known how much of it came."""
@@ -213,8 +216,9 @@ class HostProposer:
     def _look(self, requests: Sequence[Request]) -> None:
         """Look for drafts for requests, and take away those that they have."""
         waited = {request for request in requests if request.draft}
-        for request in waited:
+        for request in requests:
             request.draft = request.draft_parents = ()
+            request.num_drafted_ahead = 0
         requests = self._within_cut_offs(requests)
         if not requests:
             return
@@ -274,16 +278,17 @@ class HostProposer:
         made, trial = [], None
         for request, draft in found.items():
             acceptance = self._progress[request].acceptance
-            cost = of_portion * (self.portions_to_begin if request.num_pending else 1)
+            waits_for = 0 if draft.on_device else request.num_pending
+            cost = of_portion * (_TO_BEGIN if waits_for else 1)
             # What is being drawn already comes without a draft.
-            gain = draft.expected_after(request.num_pending) * acceptance.trust.value(trust)
+            gain = draft.expected_after(waits_for) * acceptance.trust.value(trust)
             allowed = acceptance.balance > 0 and can_lose > 0
             acceptance.has_found(gain >= cost)
             if gain >= cost and (allowed or request in waited):
                 made.append(request)
                 continue
-            if self._progress[request].guess is None and draft.token_ids:
-                missed = cost + request.num_pending if gain >= cost else 0.0
+            if (self._progress[request].guess is None or request.verifies) and draft.token_ids:
+                missed = cost + waits_for if gain >= cost else 0.0
                 at = len(request.output_token_ids)
                 self._progress[request].remember(draft, at, missed)
             if allowed and cost / 2 < gain and 0 < cost - gain < most_lost:
@@ -301,7 +306,8 @@ class HostProposer:
     def _make(self, request: Request, draft: Draft) -> None:
         if request.is_structured:  # a grammar follows one path
             draft = draft.first_path()
-        if draft.token_ids:
-            self._progress[request].remember(draft, len(request.output_token_ids))
-            request.draft, request.draft_parents = draft.token_ids, draft.parents
-            request.keep_allowed_draft()
+        if not draft.token_ids:
+            return
+        self._progress[request].remember(draft, len(request.output_token_ids))
+        request.draft, request.draft_parents = draft.token_ids, draft.parents
+        request.keep_allowed_draft()

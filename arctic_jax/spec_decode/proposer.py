@@ -83,7 +83,7 @@ class NoProposer:
 
 def build_proposer(config: SpeculativeConfig) -> Proposer:
     """Make the proposer that a user asked for; the only place that reads the method."""
-    if config.is_hybrid:
+    if config.is_hybrid and not config.suffix_on_device:
         from arctic_jax.spec_decode.hybrid_proposer import HybridProposer
 
         return HybridProposer(config)

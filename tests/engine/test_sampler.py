@@ -46,6 +46,8 @@ def make_batch(
     return ForwardBatch(
         token_ids=unused,
         token_source=unused,
+        before_row=unused,
+        before_drafted=unused,
         positions=unused,
         slot_mapping=unused,
         query_start_loc=unused,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arctic_jax.batch import Bucket, ScheduledBatch, bucket_ladder
+from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 from arctic_jax.config import StepLimits
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.scheduler import Scheduler
@@ -430,3 +430,25 @@ def test_the_ladder_has_a_bucket_for_the_largest_steps(
     assert all(bucket.num_tokens % multiple == 0 for bucket in ladder)
     assert any(b.num_tokens >= tokens and b.num_rows >= rows + seqs for b in ladder)
     assert any(b.num_tokens >= seqs and b.max_query_len == 1 for b in ladder)
+
+
+@pytest.mark.parametrize(
+    ("drafted", "num_seqs", "max_query_len"),
+    [
+        ([0] * 12, 16, 1),
+        ([15], 1, 16),
+        ([7, 7], 15, 16),
+        ([15, 15], 2, 16),
+        ([0] * 14 + [1], 15, 16),
+    ],
+)
+def test_shapes_for_drafts_are_for_drafts(
+    drafted: list[int], num_seqs: int, max_query_len: int
+) -> None:
+    parts = [
+        ScheduledRequest(request_of(8), 7, 1 + k, 1 + k, samples=True, num_drafted=k)
+        for k in drafted
+    ]
+    ladder = bucket_ladder(32, 256, 64, multiple=1, max_draft_len=15)
+    bucket = Bucket.fit(ScheduledBatch(tuple(parts)), ladder)
+    assert (bucket.num_seqs, bucket.max_query_len) == (num_seqs, max_query_len)

@@ -48,7 +48,9 @@ def test_parts_run_once(checkout: Path, tmp_path: Path) -> None:
         assert code == 0, output
         assert (checkout / "calls").read_text() == "xx"
     assert "offline_a" in (out / "report.html").read_text()
-    assert json.loads((out / "offline_a.json").read_text())["seconds"] > 0
+    result = json.loads((out / "offline_a.json").read_text())
+    assert result["seconds"] > 0
+    assert result["command"] == "python benchmarks/offline.py --x 1 --out offline_a.json"
     (out / "offline_a.json").unlink()
     assert invoke("suite", "--out", out, "--only", "off")[0] == 0
     assert (checkout / "calls").read_text() == "xxx"
@@ -111,19 +113,21 @@ def test_figures_are_numbers_with_units() -> None:
     }
 
 
-def write(folder: Path, device: str = "cpu", **figures: float) -> Path:
+def write(folder: Path, device: str = "cpu", **figures: Any) -> Path:
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps({"device": device, "date": "2026-01-01", **figures}))
     return folder
 
 
 def test_a_loss_beyond_noise_fails(tmp_path: Path) -> None:
-    before = write(tmp_path / "before", tok_s=100.0, tpot_ms=10.0, gone_ms=1.0)
-    same = write(tmp_path / "same", tok_s=97.0, tpot_ms=10.3)
-    slower = write(tmp_path / "slower", tok_s=150.0, tpot_ms=12.0)
+    rows = [{"batch": 8, "tpot_ms": 10.0}]
+    before = write(tmp_path / "before", tok_s=100.0, rows=rows, gone_ms=1.0)
+    same = write(tmp_path / "same", tok_s=97.0, rows=[{"batch": 8, "tpot_ms": 10.3}])
+    slower = write(tmp_path / "slower", tok_s=150.0, rows=[{"batch": 8, "tpot_ms": 12.0}])
     assert invoke("compare", before, same)[0] == 0
     code, output = invoke("compare", before, slower)
     assert code == 1
+    assert "a: rows [batch 8] tpot_ms" in output
     assert "-16.7%" in output
     assert "+50.0%" in output
     assert invoke("compare", before, slower, "--tolerance", 0.2)[0] == 0
@@ -131,8 +135,20 @@ def test_a_loss_beyond_noise_fails(tmp_path: Path) -> None:
     assert invoke("compare", before, other)[0] == 2
     with pytest.raises(ValueError, match="different devices"):
         bench_report.compare(bench_report.read(before), bench_report.read(other))
+    one, two = (
+        write(tmp_path / name, host={"processor": name, "cores": 2}, tok_s=1.0) for name in "AB"
+    )
+    with pytest.raises(ValueError, match=r"is of A, 2 cores, .* of B, 2 cores"):
+        bench_report.compare(bench_report.read(one), bench_report.read(two))
     with pytest.raises(ValueError, match="has no figures"):
         bench_report.read(tmp_path)
+
+
+def test_a_report_of_one_run(tmp_path: Path) -> None:
+    """It has a picture of what was measured in several cases."""
+    latency = [{"batch": 1, "tpot_ms": 3.0}, {"batch": 8, "tpot_ms": 5.0}]
+    folder = write(tmp_path / "a", latency=latency, ratios={"prefill": 1.5, "ttft": 1.2}, tok_s=9.0)
+    assert bench_report.write(folder).read_text().count("<svg") == 2
 
 
 def test_a_report_of_what_is_committed(tmp_path: Path) -> None:
