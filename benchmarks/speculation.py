@@ -1,23 +1,25 @@
 """What speculation gains: tokens per second and per step, against the same engine without drafts.
 
+    python benchmarks/speculation.py --methods suffix ngram --out FILE
     python benchmarks/speculation.py --data FOLDER --methods suffix ngram --out FILE
     python benchmarks/speculation.py --data FOLDER --speculator FOLDER \\
         --methods suffix arctic hybrid --out FILE
 
-Workloads: `gsm8k`, `humaneval` and `spec_bench` (chat prompts, greedy answers), and `agent`,
-recorded software agents: each assistant turn is generated after its real history and forced to be
-what was recorded (the step's tokens are replaced on the host; its work on the device is the same;
-what a speculator drafts follows the tokens of the model, so its figures there mean nothing). FOLDER
-is laid out as `prompts/{gsm8k_test,humaneval,spec_bench}.jsonl` and
-`agent_trajectories/*.traj.json`. The baseline is an engine with a proposer that proposes nothing,
-whose steps then run in the same programs as those of an engine without `speculative_config`.
-`suffix_tree`, suffix decoding with drafts that are trees, runs in an engine of its own, whose steps
-verify trees; `--spec-offset` and `--min-token-prob` make drafts wider. `arctic` and `hybrid` run in
-an engine of their own, whose steps draft.
+Workloads: `questions` (of `questions.jsonl` beside this file) and, with `--data`, `gsm8k`,
+`humaneval` and `spec_bench` (chat prompts, greedy answers), and `agent`, recorded software agents:
+each assistant turn is generated after its real history and forced to be what was recorded
+(`forced_answers.py`). FOLDER is laid out as `prompts/{gsm8k_test,humaneval,spec_bench}.jsonl` and
+`agent_trajectories/*.traj.json`.
+
+The baseline is an engine with a proposer that proposes nothing, whose steps then run in the same
+programs as those of an engine without `speculative_config`. `suffix_tree`, suffix decoding with
+drafts that are trees, runs in an engine of its own, whose steps verify trees; `--spec-offset` and
+`--min-token-prob` make drafts wider. `arctic` and `hybrid` run in an engine of their own, whose
+steps draft; `suffix_device` and `hybrid_device` in one each, where suffix decoding, too, is a part
+of the step. With `--fixed`, each method runs a second time without the adaptive policy.
 """
 
 import argparse
-import dataclasses
 import datetime
 import gc
 import itertools
@@ -25,22 +27,28 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from forced_answers import force
 
 from arctic_jax import LLM, SamplingParams, __version__
-from arctic_jax.batch import HostOutput
+from arctic_jax.config import LoadConfig
 from arctic_jax.engine.core import EngineCore
-from arctic_jax.engine.runner import LaunchedStep
+from arctic_jax.loading.model_files import open_model
+from arctic_jax.loading.tokenizer import Tokenizer
 from arctic_jax.spec_decode.proposer import NoProposer, build_proposer
 from arctic_jax.speculative_config import SpeculativeConfig
 from arctic_jax.training.generate import read_prompts
 
+MAX_SEED = 2**31 - 1
 HOST_METHODS = ("suffix", "suffix_tree", "ngram")
-METHODS = (*HOST_METHODS, "arctic", "hybrid")
+METHODS = (*HOST_METHODS, "arctic", "hybrid", "suffix_device", "hybrid_device")
+QUESTIONS = Path(__file__).with_name("questions.jsonl")
+OF_DATA = ("gsm8k", "humaneval", "spec_bench", "agent")
 Job = tuple[list[int], list[int] | None]
 """A prompt, and the answer that is forced, if any."""
 
@@ -48,12 +56,11 @@ Job = tuple[list[int], list[int] | None]
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--data", type=Path, default=None, metavar="FOLDER")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--methods", nargs="+", default=["suffix", "ngram"], choices=METHODS)
     parser.add_argument("--speculator", default=None, help="for arctic and hybrid")
-    workloads = ["gsm8k", "humaneval", "spec_bench", "agent"]
-    parser.add_argument("--workloads", nargs="+", default=workloads, choices=workloads)
+    parser.add_argument("--workloads", nargs="+", choices=("questions", *OF_DATA))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=64, help="of a workload, at most")
     parser.add_argument(
@@ -62,22 +69,32 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-prompt-len", type=int, default=4096)
     parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=16, help="of suffix and ngram"
     )
+    parser.add_argument("--device-tokens", type=int, default=15, help="of suffix_device's drafts")
     parser.add_argument("--spec-offset", type=float, default=0.0, help="of suffix drafts")
     parser.add_argument("--min-token-prob", type=float, default=0.1, help="of suffix drafts")
     parser.add_argument("--num-blocks", type=int, default=None)
-    parser.add_argument("--fixed", action="store_true", help="without the adaptive policy")
+    parser.add_argument("--fixed", action="store_true", help="also without the adaptive policy")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
+    args.workloads = args.workloads or (OF_DATA if args.data else ["questions"])
+    if args.data is None and args.workloads != ["questions"]:
+        parser.error("--data: only the workload questions needs none")
 
+    files = open_model(LoadConfig(args.model))
+    jobs = {workload: load(workload, files.tokenizer, args) for workload in args.workloads}
+    if "agent" in jobs:
+        force(jobs["agent"])
     rows: list[dict[str, Any]] = []
     for start, methods in engines(args):
         llm = LLM(
             args.model,
             max_model_len=args.max_model_len,
             max_num_seqs=max(args.concurrency),
+            max_num_batched_tokens=args.max_num_batched_tokens,
             num_blocks=args.num_blocks,
             speculative_config=start,
         )
@@ -88,13 +105,16 @@ def main() -> None:
             name: SpeculativeConfig.from_user(user | given) if user else SpeculativeConfig()
             for name, user in methods.items()
         }
+        if args.fixed:
+            fixed = {f"{n}_fixed": replace(c, adaptive=False) for n, c in configs.items() if c.kind}
+            configs |= fixed
         for workload in args.workloads:
-            jobs = load(workload, llm, args)
             for concurrency, (method, config) in itertools.product(
                 args.concurrency, configs.items()
             ):
                 row = {"workload": workload, "concurrency": concurrency, "method": method}
-                some = jobs[:: -(-len(jobs) // (args.rounds * concurrency))]
+                rounds = args.rounds * concurrency
+                some = list(enumerate(jobs[workload]))[:: -(-len(jobs[workload]) // rounds)]
                 rows.append(row | measure(engine, config, some, concurrency, args.max_tokens))
                 print(show(rows[-1], rows), flush=True)
                 if args.out:
@@ -118,19 +138,19 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield what an engine is started with, and the settings of each method that it can run."""
-    adaptive = {
-        "adaptive": not args.fixed,
+    settings = {
         "suffix_max_spec_offset": args.spec_offset,
         "suffix_min_token_prob": args.min_token_prob,
+        "suffix_on_device": False,
     }
-    host = {name: {"method": name, **adaptive} for name in args.methods if name in HOST_METHODS}
+    host = {name: {"method": name, **settings} for name in args.methods if name in HOST_METHODS}
     length = {"num_speculative_tokens": args.num_speculative_tokens}
     trees = host.pop("suffix_tree", None)
     yield {"method": "ngram", **length}, {"none": None, **host}
     if trees:
         trees |= {"method": "suffix", "suffix_use_tree_spec": True}
         yield trees | length, {"suffix_tree": trees}
-    arctic = {"method": "arctic", "model": args.speculator, **adaptive}
+    arctic = {"method": "arctic", "model": args.speculator, **settings}
     hybrid = {**arctic, "enable_suffix_decoding": True}
     device = {
         name: user
@@ -139,29 +159,37 @@ def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str
     }
     if device:
         yield hybrid, device
+    on_device = {"suffix_on_device": True, "suffix_speculative_tokens": args.device_tokens}
+    for name, user in {
+        "suffix_device": settings | {"method": "suffix"} | on_device,
+        "hybrid_device": hybrid | on_device,
+    }.items():
+        if name in args.methods:
+            yield user, {name: user}
 
 
-def load(workload: str, llm: LLM, args: argparse.Namespace) -> Sequence[Job]:
+def load(workload: str, tokenizer: Tokenizer, args: argparse.Namespace) -> Sequence[Job]:
     """Return a workload's requests."""
     if workload == "agent":
-        jobs = list(agent_turns(args.data / "agent_trajectories", llm))
+        jobs = list(agent_turns(args.data / "agent_trajectories", tokenizer))
         # Turns of every length, not those of the first conversation.
         jobs = jobs[:: max(1, len(jobs) // args.requests)]
         jobs = [(p[-args.max_prompt_len :], a[: args.max_tokens]) for p, a in jobs if a]
         return jobs[: args.requests]
     name = "gsm8k_test" if workload == "gsm8k" else workload
-    conversations = list(read_prompts([args.data / "prompts" / f"{name}.jsonl"]))
+    file = QUESTIONS if workload == "questions" else args.data / "prompts" / f"{name}.jsonl"
+    conversations = list(read_prompts([file]))
     # Of every kind of prompt, not those that come first.
     chosen = conversations[:: max(1, len(conversations) // args.requests)][: args.requests]
-    template = llm.engine.tokenizer.apply_chat_template
+    template = tokenizer.apply_chat_template
     return [(list(template(messages))[: args.max_prompt_len], None) for messages in chosen]
 
 
-def agent_turns(folder: Path, llm: LLM) -> Iterable[tuple[list[int], list[int]]]:
+def agent_turns(folder: Path, tokenizer: Tokenizer) -> Iterable[tuple[list[int], list[int]]]:
     """Yield history and recorded answer of every assistant turn, as a ChatML conversation."""
 
     def tokens(text: str) -> list[int]:
-        return list(llm.engine.tokenizer.encode(text, add_special_tokens=False))
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
     for path in sorted(folder.glob("*.traj.json")):
         context: list[int] = []
@@ -173,75 +201,36 @@ def agent_turns(folder: Path, llm: LLM) -> Iterable[tuple[list[int], list[int]]]
             context += content + tokens("\n")
 
 
-class ForcedStep:
-    """A launched step whose tokens become those that are forced, by request id."""
-
-    def __init__(self, step: LaunchedStep, answers: dict[str, list[int]]) -> None:
-        self.step, self.answers = step, answers
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.step, name)
-
-    def wait(self) -> HostOutput:
-        """Wait for the step, and accept of each draft what agrees with the forced answer."""
-        output = self.step.wait()
-        tokens, end = list(output.token_ids), 0
-        for part in self.step.scheduled.requests:
-            end += part.num_rows
-            request = part.request
-            if not part.num_draws or request.status.finished:
-                continue
-            known = len(request.output_token_ids)
-            forced = self.answers[request.request_id][known : known + part.num_draws]
-            drafted = request.token_ids[part.end - part.num_drafted : part.end]
-            parents = part.parents or range(-1, part.num_drafted - 1)
-            tokens[end - part.num_draws : end] = [-1] * part.num_draws
-            row, token = end - part.num_draws, -1
-            for right in forced:
-                tokens[row + 1 + token] = right
-                after = [t for t, p in enumerate(parents) if p == token and drafted[t] == right]
-                if not after:
-                    break
-                token = after[0]
-        return dataclasses.replace(output, token_ids=tokens)
-
-
 def measure(
     engine: EngineCore,
     config: SpeculativeConfig,
-    jobs: Sequence[Job],
+    jobs: Sequence[tuple[int, Job]],
     concurrency: int,
     longest: int,
 ) -> dict[str, Any]:
-    """Run all jobs, so many at a time; return rates and what came of drafts."""
+    """Run numbered jobs, so many at a time; return rates and what came of drafts."""
     engine.proposer = build_proposer(config) if config.kind else NoProposer()
     engine.reset_prefix_cache()
-    answers = {str(i): answer for i, (_, answer) in enumerate(jobs) if answer}
-    launch = engine.runner.launch
-    if answers:
-        engine.runner.launch = lambda scheduled: ForcedStep(launch(scheduled), answers)  # pyright: ignore
-    waiting = list(enumerate(jobs))[::-1]
+    waiting = list(jobs)[::-1]
     running = tokens = accepted = 0
     start = time.perf_counter()
-    try:
-        while waiting or running:
-            while waiting and running < concurrency:
-                i, (prompt, answer) = waiting.pop()
-                params = SamplingParams(
-                    temperature=0,
-                    max_tokens=len(answer) if answer else longest,
-                    ignore_eos=bool(answer),
-                    detokenize=not answer,
-                )
-                engine.add_request(str(i), prompt, params)
-                running += 1
-            for output in engine.step():
-                if output.finished:
-                    running -= 1
-                    tokens += len(output.outputs[0].token_ids)
-                    accepted += output.metrics.num_accepted_tokens if output.metrics else 0
-    finally:
-        engine.runner.launch = launch
+    while waiting or running:
+        while waiting and running < concurrency:
+            i, (prompt, answer) = waiting.pop()
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=len(answer) if answer else longest,
+                ignore_eos=bool(answer),
+                detokenize=not answer,
+                seed=i if answer else MAX_SEED,  # see `forced_answers`
+            )
+            engine.add_request(str(i), prompt, params)
+            running += 1
+        for output in engine.step():
+            if output.finished:
+                running -= 1
+                tokens += len(output.outputs[0].token_ids)
+                accepted += output.metrics.num_accepted_tokens if output.metrics else 0
     seconds, stats = time.perf_counter() - start, engine.proposer.stats
     return {
         "requests": len(jobs),
@@ -262,7 +251,7 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     base = next(r for r in rows if (r["workload"], r["concurrency"]) == key)
     gain = row["tokens_per_s"] / base["tokens_per_s"]
     return (
-        f"{row['workload']:10s} {row['concurrency']:4d} {row['method']:8s} "
+        f"{row['workload']:10s} {row['concurrency']:4d} {row['method']:19s} "
         f"{row['tokens_per_s']:9.1f} tokens/s {gain:5.2f}x "
         f"{row['tokens_per_step']:5.2f} tokens/step "
         f"{row['accepted']}/{row['drafted']} accepted"

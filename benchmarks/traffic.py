@@ -5,7 +5,7 @@
     python benchmarks/traffic.py ... --trace azure_llm_2023_code.csv --seconds 900 --speed 2
 
 Without `--trace`, a Poisson background of `--rate` requests a second with four bursts of `--burst`
-requests each (prompts of 512 to 8,192 tokens, 32 to 512 out; the same for the same `--seed`). A
+requests each (lengths from `--prompt-len` and `--output-len`; the same for the same `--seed`). A
 trace has the columns TIMESTAMP, ContextTokens, GeneratedTokens; `--speed` compresses its time.
 Random prompts, fixed lengths, no prefix caching. JSON: median and 99th percentile of time to first
 token, time per output token and completion time, the highest tokens/s of a second, and the steps'
@@ -40,14 +40,15 @@ class Arrival:
     output: int
 
 
-def bursty(seconds: float, rate: float, burst: int, seed: int) -> list[Arrival]:
+def bursty(args: argparse.Namespace) -> list[Arrival]:
     """Make a background with four bursts, evenly spread, of which each arrives within a second."""
-    rng = np.random.default_rng(seed)
+    seconds, rate, burst = args.seconds, args.rate, args.burst
+    rng = np.random.default_rng(args.seed)
     times = np.cumsum(rng.exponential(1 / rate, int(2 * rate * seconds) + 10))
     bursts = [seconds * (i + 0.5) / 4 + rng.uniform(0, 1, burst) for i in range(4)]
     times = np.sort(np.concatenate([times[times < seconds], *bursts]))
-    prompts = np.exp(rng.uniform(np.log(512), np.log(8192), len(times))).astype(int)
-    outputs = np.exp(rng.uniform(np.log(32), np.log(512), len(times))).astype(int)
+    prompts = np.exp(rng.uniform(*np.log(args.prompt_len), len(times))).astype(int)
+    outputs = np.exp(rng.uniform(*np.log(args.output_len), len(times))).astype(int)
     rows = zip(times.tolist(), prompts.tolist(), outputs.tolist(), strict=True)
     return [Arrival(*row) for row in rows]
 
@@ -114,6 +115,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--max-model-len", type=int, default=16384)
+    parser.add_argument("--max-num-seqs", type=int, default=None)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument("--data-parallel-size", type=int, default=1)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--ulysses-sequence-parallel-size", type=int, default=1)
@@ -121,13 +124,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rate", type=float, default=5)
     parser.add_argument("--burst", type=int, default=60)
+    lengths = {"type": int, "nargs": 2, "metavar": ("LOWEST", "HIGHEST")}
+    parser.add_argument("--prompt-len", default=(512, 8192), **lengths)
+    parser.add_argument("--output-len", default=(32, 512), **lengths)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", type=Path, default=None)
     parser.add_argument("--speed", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     if args.trace is None:
-        arrivals = bursty(args.seconds, args.rate, args.burst, args.seed)
+        arrivals = bursty(args)
     else:
         arrivals = from_trace(args.trace, args.seconds, args.speed)
     most = args.max_model_len
@@ -138,6 +144,8 @@ def main() -> None:
             args.model,
             load_format=args.load_format,
             max_model_len=most,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
             data_parallel_size=args.data_parallel_size,
             tensor_parallel_size=args.tensor_parallel_size,
             ulysses_sequence_parallel_size=args.ulysses_sequence_parallel_size,
