@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Results:
     Attributes:
         folder: where they are.
         date: of the newest.
-        device: what they were measured on.
+        device: what they were measured on; of a CPU, which one.
         parts: the figures of each part.
     """
 
@@ -109,13 +110,24 @@ def read(folder: Path) -> Results:
     files = {name: result for name, result in files.items() if isinstance(result, Mapping)}
     if not files:
         raise ValueError(f"{folder} has no figures")
-    devices = {str(result.get("device") or result.get("cpu") or "") for result in files.values()}
-    devices -= {""}
+    devices = {_device(result) for result in files.values()} - {""}
     if len(devices) > 1:
         raise ValueError(f"{folder} has figures of {', '.join(sorted(devices))}")
     dates = [str(result.get("date", ""))[:10] for result in files.values()]
     parts = {name: dict(figures_of(result)) for name, result in files.items()}
     return Results(folder, max(dates), next(iter(devices), "unknown"), parts)
+
+
+def _device(result: Mapping[str, Any]) -> str:
+    """What a part was measured on, by any of the keys that say it; "" if there is none."""
+    devices = result.get("devices")
+    first = devices[0] if isinstance(devices, list) and devices else ""
+    kind = first.get("kind", "") if isinstance(first, Mapping) else first
+    device = str(result.get("device") or result.get("cpu") or kind)
+    host = result.get("host")
+    if device == "cpu" and isinstance(host, Mapping):  # JAX calls all of them that
+        return f"{host['processor']}, {host['cores']} cores"
+    return device
 
 
 def figures_of(result: Any, name: str = "", sign: int = 0) -> Iterator[tuple[str, Figure]]:
@@ -207,8 +219,11 @@ def _peers_table(now: Results, peers: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     head = ("part", "figure", "ours", "peer", "who", "times as good", "limit", "of the limit")
-    bars = {f"{row[0]}: {row[1]}": [float(row[5])] for row in rows}
-    plot = _bars(bars, ["ours"], "times as good as the peer")
+    bars = {
+        f"{row[0]}: {row[1]}": [float(row[5]), float(row[7].rstrip("%") or "nan") / 100]
+        for row in rows
+    }
+    plot = _bars(bars, ["times as good as the peer", "share of what the hardware allows"])
     return f"<h2>Beside others</h2>{plot}{_html_table(head, rows)}"
 
 
@@ -227,9 +242,9 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plot(part: str, figures: Mapping[str, Figure], runs: Sequence[Results]) -> str:
-    """A part's figures in every run, relative to the newest."""
+    """A part's figures in every run, relative to the newest; those of a single run as they are."""
     if len(runs) < 2:
-        return ""
+        return _plot_values(figures)
     found = [run.parts.get(part, {}) for run in runs]
     bars = {
         name: [run[name].value / figure.value if name in run else 0.0 for run in found]
@@ -239,8 +254,27 @@ def _plot(part: str, figures: Mapping[str, Figure], runs: Sequence[Results]) -> 
     return _bars(bars, [run.date for run in runs], "relative to the newest run")
 
 
-def _bars(bars: Mapping[str, Sequence[float]], labels: Sequence[str], what: str) -> str:
-    """Draw bars beside a line at 1, as SVG: a group for each name, a colour for each label."""
+def _plot_values(figures: Mapping[str, Figure]) -> str:
+    """A picture for each quantity that was measured in several cases."""
+    pictures: dict[str, dict[str, list[float]]] = {}
+    for name, figure in figures.items():
+        case = re.search(r" \[(.*)\]", name)
+        before, _, last = name.rpartition(" ")
+        if case is not None:
+            what, which = name.replace(case[0], ""), case[1]
+        elif before and _sign(before.rpartition(" ")[2]):  # the unit of all that it names
+            what, which = before, last
+        else:
+            continue
+        pictures.setdefault(what, {})[which] = [figure.value]
+    several = {what: bars for what, bars in pictures.items() if len(bars) > 1}
+    return "".join(_bars(bars, [what], what, line=False) for what, bars in several.items())
+
+
+def _bars(
+    bars: Mapping[str, Sequence[float]], labels: Sequence[str], what: str = "", line: bool = True
+) -> str:
+    """Draw bars, beside a line at 1, as SVG: a group for each name, a colour for each label."""
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
@@ -255,9 +289,11 @@ def _bars(bars: Mapping[str, Sequence[float]], labels: Sequence[str], what: str)
         axes.barh(places, [values[i] for values in bars.values()], width, label=label)
     axes.set_yticks([place + 0.4 - width / 2 for place in range(len(bars))], list(bars), fontsize=7)
     axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
+    if line:
+        axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel(what)
-    axes.legend(fontsize=7)
+    if len(labels) > 1:
+        axes.legend(fontsize=7)
     file = io.StringIO()
     canvas.savefig(file, format="svg")
     svg = file.getvalue()

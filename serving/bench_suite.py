@@ -6,6 +6,7 @@ taken, and writes one JSON file. What is there already is not measured again.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 import arctic_jax
 from arctic_jax.config import DEFAULT_MODEL
 from arctic_jax.serving import bench_report
+from arctic_jax.serving.environment import host
 from arctic_jax.serving.options import stderr, stdout
 
 CHECKOUT = Path(arctic_jax.__file__).parents[1]
@@ -64,20 +67,27 @@ class Part:
         script = f"benchmarks/{self.script}.py"
         return [sys.executable, script, *map(str, self.options), out, str(file.resolve())]
 
+    def command_anywhere(self) -> str:
+        """Return the command without the folders of this machine, to stand beside the figures."""
+        _, *command, _ = self.command(Path())
+        return shlex.join(["python", *command, f"{self.name}.json"])
+
 
 def parts_for(machine: Machine, data: Path | None) -> list[Part]:
     """Return the benchmarks for a machine; some want `data`, laid out as `speculation.py` says."""
-    parts = _parts_for_gpus(machine.count) if machine.platform == "gpu" else _parts_for_cpus()
+    on_gpus = machine.platform == "gpu"
+    parts = _parts_for_gpus(machine.count) if on_gpus else _parts_for_cpus()
+    methods = ["--speculator", f"{DEFAULT_MODEL}-speculator"]
+    methods += ["--methods", "suffix", "arctic", "hybrid"]
+    few = ["--concurrency", 1, "--requests", 4, "--max-tokens", 48, "--max-model-len", 512]
+    few += ["--max-prompt-len", 256, "--max-num-batched-tokens", 256]
+    asked = [*methods, *(["--concurrency", 1, 8] if on_gpus else few)]
+    parts.append(Part("speculation_questions", "speculation", asked))
     if data is None:
         return parts
     here = data.resolve()
     speculation = ["--data", here, "--methods", "suffix", "ngram"]
-    if machine.platform == "gpu":
-        parts.append(Part("speculation", "speculation", speculation))
-    else:
-        few = ["--concurrency", 1, "--requests", 4, "--max-tokens", 48, "--max-model-len", 1024]
-        few += ["--max-prompt-len", 512]
-        parts.append(Part("speculation", "speculation", [*speculation, *few]))
+    parts.append(Part("speculation", "speculation", [*speculation, *([] if on_gpus else few)]))
     trajectories = here / "agent_trajectories"
     tokenizer = next(trajectories.glob("tokenizer.json"), None)
     if tokenizer is not None:
@@ -94,10 +104,13 @@ def _parts_for_cpus() -> list[Part]:
     swiftkv = [*models, *small, "--prefill", 2, 256, "--ttft-len", 256, "--batches", 1, 8]
     swiftkv += ["--decode-len", 64, 32, "--throughput", 8, "--throughput-len", 64, 32]
     embeddings = ["--model", "minilm-l6", "--lengths", 16, 128, 256, "--texts", 1, 64]
+    traffic = ["--model", DEFAULT_MODEL, *small, "--seconds", 40, "--rate", 0.2, "--burst", 2]
+    traffic += ["--prompt-len", 16, 128, "--output-len", 8, 32]
     return [
         Part("offline_smollm2-135m", "offline", offline),
         Part("swiftkv", "swiftkv", swiftkv),
         Part("embeddings", "embeddings", embeddings),
+        Part("traffic", "traffic", traffic),
     ]
 
 
@@ -119,6 +132,7 @@ def _parts_for_gpus(count: int) -> list[Part]:
             ),
             Part("swiftkv", "swiftkv", [*dummy, "--repeats", 2, "--throughput", 128]),
             Part("kernels", "kernels", []),
+            Part("traffic", "traffic", [*llama, "--seconds", 40, "--rate", 2, "--burst", 20]),
             Part("embeddings_arctic-embed-m", "embeddings", [*embedder, *texts]),
         ]
     several = ["--max-model-len", 8448, "--repeats", 1, *whole]
@@ -166,11 +180,15 @@ def suite(
         raise ValueError(f"--only {', '.join(only or ())}: there is no such part")
     out.mkdir(parents=True, exist_ok=True)
     stderr.print(f"{machine.count} {machine.kind}: {len(parts)} parts into {out}")
-    failed = run(parts, out)
+    try:
+        failed = run(parts, out)
+    except KeyboardInterrupt:
+        stderr.print("interrupted: the same command goes on with the part that was broken off")
+        raise
     report = bench_report.write(out, earlier or ())
     table = Table("part", "seconds")
     for part in parts:
-        table.add_row(part.name, failed.get(part.name, "done"))
+        table.add_row(part.name, failed.get(part.name) or _seconds(out / f"{part.name}.json"))
     stdout.print(table)
     stdout.print(f"report: {report}")
     if failed:
@@ -215,10 +233,16 @@ def _run(part: Part, file: Path, environment: dict[str, str]) -> str | None:
             process.wait()
     if code or not unfinished.exists():
         return f"failed with code {code}"
-    result = json.loads(unfinished.read_text()) | {"seconds": time.perf_counter() - start}
+    result = json.loads(unfinished.read_text())
+    result |= {"command": part.command_anywhere(), "host": host()}
+    result |= {"seconds": time.perf_counter() - start}
     file.write_text(json.dumps(result, indent=1) + "\n")
     unfinished.unlink()
     return None
+
+
+def _seconds(file: Path) -> str:
+    return f"{json.loads(file.read_text())['seconds']:.0f}"
 
 
 def find_machine() -> Machine:
@@ -245,7 +269,8 @@ def compare(
     notable = [change for change in changes if abs(change.gain) > tolerance]
     for change in notable:
         style = "red" if change in losses else None
-        row = change.name, f"{change.before:.4g}", f"{change.after:.4g}", f"{change.gain:+.1%}"
+        name = escape(change.name)  # its brackets are no markup
+        row = name, f"{change.before:.4g}", f"{change.after:.4g}", f"{change.gain:+.1%}"
         table.add_row(*row, style=style)
     if notable:
         stdout.print(table)

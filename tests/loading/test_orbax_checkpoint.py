@@ -88,7 +88,11 @@ def test_every_byte_is_read_once(written, tp, sp, rows):
 
 
 def test_a_device_has_its_rows_as_one_piece_on_disk(written):
-    embed = {"driver": "ocdbt", "base": f"file://{written}/parameters/embed", "path": "embed.weight/"}
+    embed = {
+        "driver": "ocdbt",
+        "base": f"file://{written}/parameters/embed",
+        "path": "embed.weight/",
+    }
     stored = tensorstore.open({"driver": "zarr3", "kvstore": embed}).result()
     assert stored.chunk_layout.write_chunk.shape == (1024 // 4, 256)
 
