@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
+from arctic_jax.batch import HostOutput
 from arctic_jax.config import StepLimits
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.scheduler import Scheduler
 from arctic_jax.request import Request, RequestStatus, SamplingParams
+from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 from arctic_jax.spec_decode.draft_costs import DraftCosts
 from arctic_jax.spec_decode.host_proposer import HostProposer
 from arctic_jax.spec_decode.proposer import build_proposer
@@ -35,12 +36,14 @@ class Times:
         plain: of a step without drafts, on the device.
         verify: of one with drafts.
         look: of the host, to look for one request's draft.
+        draft: more, of a step that drafts on the device.
     """
 
     host: float
     plain: float
     verify: float
     look: float = 0.0
+    draft: float = 0.0
 
 
 @dataclass
@@ -60,6 +63,7 @@ class ScriptedEngine:
     def __post_init__(self) -> None:
         self.now = self.busy_until = 0.0
         self.num_tokens = self.num_steps = self.num_drafts = 0
+        self._drafts = False  # whether the step that was launched last does
         self.scheduler = Scheduler(
             BlockPool(10_000, 16, False), StepLimits(64, 4096, 4096), max_extra_rows=256
         )
@@ -76,7 +80,7 @@ class ScriptedEngine:
         while waiting or self.scheduler.has_requests:
             while waiting and self.scheduler.num_requests < concurrency:
                 self._add(*waiting.pop())
-            scheduled = self.scheduler.schedule()
+            scheduled = self.scheduler.schedule(self.proposer.wants_drafts)
             step, in_flight = in_flight, None
             if scheduled.requests:
                 in_flight = scheduled, self._launch(scheduled)
@@ -93,7 +97,10 @@ class ScriptedEngine:
     def _launch(self, scheduled: ScheduledBatch) -> float:
         """Return when the results are there."""
         self.now += self.times.host / 2
+        assert self._drafts or not any(part.unseen for part in scheduled.requests)
+        self._drafts = scheduled.drafts
         seconds = self.times.verify if scheduled.num_drafted else self.times.plain
+        seconds += self.times.draft * scheduled.drafts
         self.busy_until = max(self.busy_until, self.now) + seconds
         self.num_steps += 1
         self.num_drafts += sum(part.num_drafted > 0 for part in scheduled.requests)
@@ -105,7 +112,7 @@ class ScriptedEngine:
             if part.samples and not part.request.status.finished:
                 self._take(part)
         drafts = [self._device_draft(part.request) for part in scheduled.requests]
-        made = np.array(drafts) if self.config.drafts_on_device else _EMPTY
+        made = np.array(drafts) if scheduled.drafts else _EMPTY
         output = HostOutput([], [], _EMPTY, _EMPTY, _EMPTY, _EMPTY, made)
         self.proposer.propose(scheduled, output)
 

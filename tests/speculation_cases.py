@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from tiny_engine import GREEDY
 
-from arctic_jax.batch import HostOutput, ScheduledBatch
+from arctic_jax.batch import HostOutput
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.request import CompletionOutput, Request, SamplingParams
+from arctic_jax.scheduled_batch import ScheduledBatch
 from arctic_jax.spec_decode.draft import Draft
 from arctic_jax.spec_decode.host_proposer import HostProposer
 from arctic_jax.spec_decode.proposer import NoProposer, Proposer, build_proposer
@@ -116,6 +117,8 @@ class SideBranch(Replay):
 class Recorder(Replay):
     """Proposes what is known to come, some of it wrong, and notes what the device drafts."""
 
+    wants_drafts = True
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.drafted: list[tuple[list[int], list[int]]] = []
@@ -126,6 +129,19 @@ class Recorder(Replay):
                 known = part.request.prompt_token_ids + part.request.output_token_ids
                 self.drafted.append((known, draft))
         super().propose(scheduled, output)
+
+
+def now_and_then(engine: EngineCore) -> Proposer:
+    """The engine's own proposer with all drafts made, and steps left out that draft by chance."""
+    proposer = build_proposer(dataclasses.replace(engine.config.speculative, adaptive=False))
+    propose, rng = proposer.propose, np.random.default_rng(0)
+
+    def proposed(scheduled: ScheduledBatch, output: HostOutput) -> None:
+        propose(scheduled, output)
+        proposer.wants_drafts = bool(rng.random() < 0.7)
+
+    proposer.propose = proposed
+    return proposer
 
 
 def greedy(max_tokens: int | None, **more: Any) -> SamplingParams:

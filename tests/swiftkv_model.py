@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec
 from tiny_engine import CONFIG, TensorsInMemory
 
 from arctic_jax import testing, weights
-from arctic_jax.batch import Bucket, host_views, packed_size, unpack
+from arctic_jax.batch import host_views, packed_size, unpack
 from arctic_jax.kv_cache import KVCache
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.models.registry import model_class
+from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import make_mesh, shift
 
 SEED = 11

@@ -180,7 +180,7 @@ class EngineCore:
         for request in self._masks.late():
             changed[self._group_of[request]] = None
             self._finish(request, RequestStatus.FAILED)
-        scheduled = self.scheduler.schedule()
+        scheduled = self.scheduler.schedule(self.proposer.wants_drafts)
         step, self._in_flight = self._in_flight, None
         try:
             if scheduled.requests:

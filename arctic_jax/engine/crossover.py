@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from arctic_jax.batch import ScheduledBatch, ScheduledRequest
 from arctic_jax.config import StepLimits
 from arctic_jax.loading import hub
 from arctic_jax.request import Request, SamplingParams
+from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 
 logger = logging.getLogger(__name__)
 

@@ -78,13 +78,20 @@ class Drafting:
         """Return the caches that it has beside the model's."""
         raise NotImplementedError
 
-    def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
-        """Draft after the last token that was drawn for each of the first sequences.
+    def follow(self, network: Any, drawn: Drawn, caches: KVCaches) -> KVCaches:
+        """Put the step's tokens into the drafter's own caches; in every step.
 
         Args:
             network: `module` with its parameters.
             drawn: what is known.
             caches: its own.
+        """
+        raise NotImplementedError
+
+    def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
+        """Draft after the last token that was drawn for each of the first sequences.
+
+        In the steps that shall, after `follow`, with the same arguments.
 
         Returns:
             `[D, K]`, a row each sequence, -1 after a shorter draft; of one that drew nothing,
@@ -112,6 +119,11 @@ class SpeculatorDrafting(Drafting):
     def caches(self) -> tuple[ModelCacheSpec, ...]:
         """See `Drafting`."""
         return ()
+
+    def follow(self, network: Speculator, drawn: Drawn, caches: KVCaches) -> KVCaches:
+        """See `Drafting`; all it starts from are the step's hidden states."""
+        del network, drawn
+        return caches
 
     def draft(self, network: Speculator, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
         """See `Drafting`."""
@@ -154,13 +166,18 @@ class ModelDrafting(Drafting):
         heads = config.num_key_value_heads
         return (ModelCacheSpec(config.num_cache_layers, heads, config.head_dim, PartitionSpec()),)
 
+    def follow(self, network: LlamaForCausalLM, drawn: Drawn, caches: KVCaches) -> KVCaches:
+        """See `Drafting`."""
+        (cache,) = caches
+        # Every token of the step, drafted or not: what is in the blocks is complete and right.
+        _, cache = network.hidden_states(drawn.batch, cache, ALONE)
+        return (cache,)
+
     def draft(
         self, network: LlamaForCausalLM, drawn: Drawn, caches: KVCaches
     ) -> tuple[Array, KVCaches]:
         """See `Drafting`."""
         (cache,) = caches
-        # Every token of the step, drafted or not: what is in the blocks is complete and right.
-        _, cache = network.hidden_states(drawn.batch, cache, ALONE)
         last, draws = drawn.last_rows(self.max_num_seqs)
         after = drawn.batch.positions[jnp.maximum(drawn.batch.logit_rows[last], 0)]
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from arctic_jax.batch import ScheduledBatch
 from arctic_jax.engine.grammar_matcher import Matcher
 from arctic_jax.engine.sampler import MASKS_A_CALL
 from arctic_jax.request import Request
+from arctic_jax.scheduled_batch import ScheduledBatch
 from arctic_jax.structured_outputs import StructuredOutputsConfig
 
 PATIENCE = 0.01

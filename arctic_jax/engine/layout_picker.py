@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from arctic_jax.batch import Bucket, ScheduledBatch
+from arctic_jax.scheduled_batch import Bucket, ScheduledBatch
 from arctic_jax.shift_parallel import MeshLayout
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
+from arctic_jax.batch import HostOutput
 from arctic_jax.engine.detokenizer import TextStream
 from arctic_jax.engine.request_totals import RequestTotals
 from arctic_jax.loading.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ from arctic_jax.request import (
     RequestOutputKind,
     RequestStatus,
 )
+from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 
 
 @dataclass(eq=False)

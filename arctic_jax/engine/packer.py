@@ -12,15 +12,9 @@ from itertools import chain
 
 import numpy as np
 
-from arctic_jax.batch import (
-    UNSEEN_DRAFT,
-    Bucket,
-    ScheduledBatch,
-    ScheduledRequest,
-    host_views,
-    packed_size,
-)
+from arctic_jax.batch import UNSEEN_DRAFT, host_views, packed_size
 from arctic_jax.request import Request
+from arctic_jax.scheduled_batch import Bucket, ScheduledBatch, ScheduledRequest
 from arctic_jax.spec_decode import draft_tree
 
 

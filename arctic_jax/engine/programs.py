@@ -20,7 +20,6 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from arctic_jax.batch import Bucket
 from arctic_jax.engine import sampler
 from arctic_jax.engine.lowering import LoweringPool
 from arctic_jax.engine.program_store import ProgramStore
@@ -28,6 +27,7 @@ from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.step_program import MOVES_A_CALL, Leaves, Step, StepProgram
 from arctic_jax.kv_cache import KVCaches
 from arctic_jax.pallas_kernels import dispatch
+from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import MeshLayout
 
 logger = logging.getLogger(__name__)

@@ -26,15 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arctic_jax import host_copies
-from arctic_jax.batch import (
-    Bucket,
-    HostOutput,
-    ScheduledBatch,
-    ScheduledRequest,
-    StepOutput,
-    bucket_ladder,
-    packed_size,
-)
+from arctic_jax.batch import HostOutput, StepOutput, packed_size
 from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
 from arctic_jax.engine import program_store
 from arctic_jax.engine.crossover import Crossover, CrossoverStore, probe, tokens_to_measure
@@ -53,6 +45,7 @@ from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.progress import Report, counted, silent
 from arctic_jax.request import Request
+from arctic_jax.scheduled_batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 from arctic_jax.shift_parallel import MeshLayout, make_mesh, shift, ulysses
 from arctic_jax.weights import Checkpoint
 
@@ -141,6 +134,7 @@ class ModelRunner:
                 sp if layout.tokens else 1,
                 max_draft_len,
                 config.speculative.suffix_use_tree_spec,
+                config.speculative.drafts_on_device,
             )
             for layout in self.layouts
         }

@@ -10,10 +10,10 @@ from __future__ import annotations
 import bisect
 import time
 
-from arctic_jax.batch import ScheduledBatch, ScheduledRequest
 from arctic_jax.config import StepLimits
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.request import Request, RequestStatus
+from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 
 
 class Scheduler:
@@ -78,8 +78,11 @@ class Scheduler:
         """Running and waiting ones."""
         return len(self._order)
 
-    def schedule(self) -> ScheduledBatch:
-        """Choose the next step's tokens and allocate their blocks; empty if there are none."""
+    def schedule(self, drafts: bool = False) -> ScheduledBatch:
+        """Choose the next step's tokens and allocate their blocks; empty if there are none.
+
+        `drafts` is whether the step shall draft on the device.
+        """
         chosen: list[ScheduledRequest] = []
         tokens, rows = self.limits.max_num_batched_tokens, self.max_extra_rows
         streams = sum(r.is_streaming for r in self.running)
@@ -137,7 +140,7 @@ class Scheduler:
             prefill -= part.num_tokens
             rows -= part.num_extra_rows
 
-        return ScheduledBatch(tuple(chosen))
+        return ScheduledBatch(tuple(chosen), drafts)
 
     def held_blocks(self) -> list[list[int]]:
         """Blocks of every request in the engine, for `BlockPool.check`."""

@@ -17,13 +17,14 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from arctic_jax.batch import Bucket, StepOutput, packed_size, resolve, unpack
+from arctic_jax.batch import StepOutput, packed_size, resolve, unpack
 from arctic_jax.config import ModelConfig
 from arctic_jax.engine import sampler
 from arctic_jax.engine.drafting import Drafting, Drawn
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.kv_cache import KVCaches, KVCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
+from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import MeshLayout
 
 Leaves = tuple[Array, ...]
@@ -186,10 +187,14 @@ class StepProgram:
             )
             if self.drafting is not None:
                 drawn = Drawn(model, batch, hidden, output, layout)
-                drafts, drafter_caches = self.drafting.draft(drafter, drawn, tuple(drafter_caches))
+                drafter_caches = self.drafting.follow(drafter, drawn, tuple(drafter_caches))
+                drafts = jnp.full((1, num_drafted), -1)
+                if bucket.drafts:
+                    drafts, drafter_caches = self.drafting.draft(drafter, drawn, drafter_caches)
                 drafts = jnp.pad(drafts, ((0, len(hidden) - len(drafts)), (0, 0)))
                 output = dataclasses.replace(output, drafts=drafts)
-            # An update in place of `before` makes XLA's CPU compiler crash on several devices.
+            # Padded, as updates in place of a step's output make XLA's CPU compiler crash on
+            # several devices.
             rows = jnp.pad(output.pack(), ((0, self.max_rows - bucket.num_rows), (0, 0)))
             return (cache, *drafter_caches), state, rows
 

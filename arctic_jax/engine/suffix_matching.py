@@ -53,12 +53,17 @@ class SuffixMatching(Drafting):
         """See `Drafting`."""
         return (TokenCacheSpec(),)
 
+    def follow(self, network: Any, drawn: Drawn, caches: KVCaches) -> KVCaches:
+        """See `Drafting`."""
+        del network
+        (cache,) = caches
+        return (cache.written(drawn.batch.slot_mapping, drawn.batch.token_ids),)
+
     def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
         """See `Drafting`; -1 after the end of a draft."""
         del network
         (cache,) = caches
         batch = drawn.batch
-        cache = cache.written(batch.slot_mapping, batch.token_ids)
         last, draws = drawn.last_rows(self.max_num_seqs)
         tables = batch.block_tables[: len(last)]
         texts = cache.ids[tables].reshape(len(last), -1)
@@ -126,6 +131,12 @@ class HybridDrafting(Drafting):
     def caches(self) -> tuple[ModelCacheSpec | TokenCacheSpec, ...]:
         """See `Drafting`."""
         return (*self.matching.caches(), *self.other.caches())
+
+    def follow(self, network: Any, drawn: Drawn, caches: KVCaches) -> KVCaches:
+        """See `Drafting`."""
+        tokens, *others = caches
+        matched = self.matching.follow(None, drawn, (tokens,))
+        return (*matched, *self.other.follow(network, drawn, tuple(others)))
 
     def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
         """See `Drafting`."""

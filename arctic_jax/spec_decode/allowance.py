@@ -4,7 +4,7 @@ from __future__ import annotations
 
 SHARE = 0.005
 """Of all steps."""
-_BEGIN, _MOST, _MOST_DEBT = 0.5, 4.0, 1.0
+_BEGIN, _MOST = 0.5, 4.0
 
 
 class Allowance:
@@ -12,10 +12,11 @@ class Allowance:
 
     Args:
         share_of_gains: of the steps that drafts have saved.
+        most_debt: steps; a larger debt is forgotten, as some stalls are no cost of drafts.
     """
 
-    def __init__(self, share_of_gains: float) -> None:
-        self.share_of_gains = share_of_gains
+    def __init__(self, share_of_gains: float, most_debt: float = 1.0) -> None:
+        self.share_of_gains, self.most_debt = share_of_gains, most_debt
         self.steps = _BEGIN
 
     def earn(self, steps: float, gained: float) -> None:
@@ -23,5 +24,5 @@ class Allowance:
         self.steps = min(self.steps + SHARE * steps + self.share_of_gains * gained, _MOST)
 
     def spend(self, steps: float) -> None:
-        """Take off what something cost; a debt of more than a step is forgotten: some pause."""
-        self.steps = max(self.steps - steps, -_MOST_DEBT)
+        """Take off what something cost."""
+        self.steps = max(self.steps - steps, -self.most_debt)

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from arctic_jax.request import Request
+from arctic_jax.scheduled_batch import ScheduledBatch
 from arctic_jax.spec_decode.draft import Draft
 from arctic_jax.spec_decode.host_proposer import HostProposer
 from arctic_jax.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # it imports jax, which this package does without
-    from arctic_jax.batch import HostOutput, ScheduledBatch
+    from arctic_jax.batch import HostOutput
 
 _LEAST_GAIN = 0.1  # tokens, for rows that others wait for
 
@@ -26,11 +27,16 @@ class DeviceProposer(HostProposer):
     Drafts are verified by steps that begin before the host has seen them, and nobody waits. So what
     a draft promises is taken from the one before it, and all that drafts cost is that the steps of
     all requests take longer: they are made if together they promise more.
+
+    To make drafts takes time, too. While they promise too little the device drafts only now and
+    then, within an allowance, to see whether that has changed.
     """
 
     def __init__(self, config: SpeculativeConfig) -> None:
         super().__init__(config)
+        self.wants_drafts = True
         self._drafted: dict[Request, list[int]] = {}
+        self._makes = False  # whether the last step's drafts were worth it
 
     def start(self, request: Request) -> None:
         """See `HostProposer`."""
@@ -43,12 +49,18 @@ class DeviceProposer(HostProposer):
 
     def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
         """See `Proposer`."""
-        first = scheduled.requests[: self.config.disable_by_batch_size]
+        first = scheduled.requests[: self.config.disable_by_batch_size * scheduled.drafts]
         drafts = output.drafts[: len(first)].tolist()
         self._drafted = {p.request: d for p, d in zip(first, drafts, strict=True) if p.samples}
         for part in scheduled.requests:
             part.request.runs_ahead = True
+        self._makes = False
         super().propose(scheduled, output)
+        self.wants_drafts = not self.hard_disabled
+        if self.config.adaptive:
+            # Not before it is known what steps without take: drafting is compared with them.
+            known = self.costs.plain(len(self._progress)) > 0
+            self.wants_drafts &= known and (self._makes or self._for_drafting.steps > 0)
 
     def drafts(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[Draft]:
         """See `HostProposer`; its tokens have no probabilities, so each counts as one."""
@@ -75,6 +87,7 @@ class DeviceProposer(HostProposer):
                     progress.remember(draft, len(request.output_token_ids))
         gains = {request: gain for request, gain in gains.items() if gain >= _LEAST_GAIN}
         if sum(gains.values()) >= num_requests * self.costs.of_step(num_requests):
+            self._makes = True
             for request in gains:
                 self._make(request, ahead[request])
             self.costs.made(num_requests, len(gains), 0)
@@ -83,6 +96,8 @@ class DeviceProposer(HostProposer):
         if not (draft.on_device and request.num_pending):
             request.runs_ahead &= not draft.parents  # the host says where a tree's tokens go
             super()._make(request, draft)
+            return
+        if not self.wants_drafts:  # as when the step now on the device began: it does not draft
             return
         progress = self._progress[request]
         progress.remember(draft, len(request.output_token_ids))

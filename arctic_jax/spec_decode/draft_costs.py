@@ -106,7 +106,14 @@ class DraftCosts:
         self._around_drafts = False
         self._of: dict[int, _Costs] = {}
 
-    def took(self, num_requests: int, num_sampled: int, num_drafts: int, mixed: bool) -> float:
+    def took(
+        self,
+        num_requests: int,
+        num_sampled: int,
+        num_drafts: int,
+        mixed: bool,
+        drafts: bool = False,
+    ) -> float:
         """Learn that a step's results have come; return how many steps without drafts it took.
 
         Args:
@@ -114,13 +121,14 @@ class DraftCosts:
             num_sampled: those of them that got tokens from the step.
             num_drafts: that it verified.
             mixed: whether it computed prompts, too: its time tells nothing about drafts.
+            drafts: whether it drafted for the next one.
         """
         now, last, costs = self.clock(), self._last, self._costs(num_requests)
         around_drafts = self._around_drafts or num_drafts > 0
         self._last, self._around_drafts = now, num_drafts > 0
         if last is None:
             return 1.0
-        if not around_drafts:
+        if not (around_drafts or (drafts and not mixed)):
             costs.took(now - last, mixed)
         if not costs.plain:
             return 1.0

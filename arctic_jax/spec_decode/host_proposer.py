@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from arctic_jax.request import Request, RequestStatus
+from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 from arctic_jax.spec_decode import draft_tree
 from arctic_jax.spec_decode.acceptance import Acceptance, Trust
 from arctic_jax.spec_decode.allowance import Allowance
@@ -29,11 +30,12 @@ from arctic_jax.spec_decode.proposer import SpeculationStats
 from arctic_jax.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # it imports jax, which this package does without
-    from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
+    from arctic_jax.batch import HostOutput
 
 _TO_BEGIN = 2  # portions that a request launched ahead waits for, see `DraftCosts`
 _ALL = 0.98  # weight of older drafts in the trust of all requests
-_OF_GAINS = 0.1, 0.3  # for looks, and for steps
+_OF_GAINS = 0.1, 0.3, 0.5  # for looks, for steps with drafts, and for drafting on the device
+_MOST_SPENT = 2.0  # steps, for one that drafts on the device: a stall is no cost of drafts
 _NEW = 0.1  # of the last drafts in how long it takes to make one
 
 
@@ -68,6 +70,8 @@ class HostProposer:
         config: lengths, cut-offs, and whether drafts follow their success.
     """
 
+    wants_drafts = False
+
     def __init__(self, config: SpeculativeConfig) -> None:
         self.config = config
         self.stats = SpeculationStats.zeros(config.max_draft_len)
@@ -75,6 +79,8 @@ class HostProposer:
         self._progress: dict[Request, _Progress] = {}  # in the order of their first steps
         self._trust = Trust()  # in the drafts of all requests
         self._for_looks, self._for_steps = Allowance(_OF_GAINS[0]), Allowance(_OF_GAINS[1])
+        # The deeper debt: two more steps draft until it is known what the first one's drafts cost.
+        self._for_drafting = Allowance(_OF_GAINS[2], most_debt=4.0)
         self._seconds_to_look = 0.0  # for one request's draft, of late
         self._turn = 0
 
@@ -120,8 +126,7 @@ class HostProposer:
             drafts = request.draft or request.num_drafted_ahead
             (looking if drafts or hopes else idle).append(request)
         if self.config.adaptive:
-            mixed = scheduled.num_tokens - scheduled.num_drafted > len(scheduled.requests)
-            self._account(num_sampled, num_drafts, num_accepted, mixed)
+            self._account(scheduled, num_sampled, num_drafts, num_accepted)
             idle = self._in_turn(idle)
         if looking or idle:
             self._look([*looking, *idle])
@@ -189,16 +194,22 @@ class HostProposer:
         progress.acceptance.learn(drafted, expected, accepted, needed)
         self._trust.add(accepted, expected, _ALL)
 
-    def _account(self, num_sampled: int, num_drafts: int, num_accepted: int, mixed: bool) -> None:
+    def _account(
+        self, scheduled: ScheduledBatch, num_sampled: int, num_drafts: int, num_accepted: int
+    ) -> None:
         """Take a step's time to the accounts."""
         num_requests = max(len(self._progress), 1)
-        steps = self.costs.took(num_requests, num_sampled, num_drafts, mixed)
+        mixed = scheduled.num_tokens - scheduled.num_drafted > len(scheduled.requests)
+        steps = self.costs.took(num_requests, num_sampled, num_drafts, mixed, scheduled.drafts)
         gained, drafting = num_accepted / num_requests, min(num_drafts / num_requests, 1.0)
         self._for_looks.earn(steps, gained)
         # What few have gained does not pay for the waiting of many.
         self._for_steps.earn(steps, gained * drafting)
         if num_drafts:
             self._for_steps.spend(max(steps - 1, 0.0) * (1 - drafting))
+        self._for_drafting.earn(steps, gained)
+        if scheduled.drafts:
+            self._for_drafting.spend(min(steps - 1, _MOST_SPENT))
 
     # --- whose drafts there are
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from arctic_jax.request import Request
+from arctic_jax.scheduled_batch import ScheduledBatch
 from arctic_jax.spec_decode import draft_tree
 from arctic_jax.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # it imports jax, which this package does without
-    from arctic_jax.batch import HostOutput, ScheduledBatch
+    from arctic_jax.batch import HostOutput
 
 
 @dataclass
@@ -51,9 +52,15 @@ class SpeculationStats:
 
 
 class Proposer(Protocol):
-    """Gives requests drafts after each step."""
+    """Gives requests drafts after each step.
+
+    Attributes:
+        stats: what came of them.
+        wants_drafts: whether the next step shall draft on the device, if there is what can.
+    """
 
     stats: SpeculationStats
+    wants_drafts: bool
 
     def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
         """Set `Request.draft` of the requests of a step whose results, `output`, were taken.
@@ -70,6 +77,8 @@ class Proposer(Protocol):
 
 class NoProposer:
     """Proposes nothing."""
+
+    wants_drafts = False
 
     def __init__(self) -> None:
         self.stats = SpeculationStats.zeros(0)

@@ -24,7 +24,7 @@ import jaxlib
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams, host_copies
-from arctic_jax.batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20) -> float:

@@ -21,6 +21,7 @@ from speculation_cases import (
     check_any_schedule,
     generate,
     greedy,
+    now_and_then,
 )
 from swiftkv_model import swiftkv_config, swiftkv_tensors
 from tiny_engine import (
@@ -106,7 +107,7 @@ def test_any_schedule(name: str, request: pytest.FixtureRequest) -> None:
     @settings(SCHEDULES, max_examples=3 if name == "two_layouts" else 8)
     @given(REQUESTS, ARRIVALS)
     def check(requests: list, arrivals: list[int]) -> None:
-        check_any_schedule(engine, requests, arrivals)
+        check_any_schedule(engine, requests, arrivals, now_and_then(engine))
 
     check()
 

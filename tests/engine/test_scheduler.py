@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 from arctic_jax.config import StepLimits
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.engine.scheduler import Scheduler
@@ -17,6 +16,7 @@ from arctic_jax.request import (
     RequestStatus,
     SamplingParams,
 )
+from arctic_jax.scheduled_batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 
 SIZE = 4
 _names = itertools.count()

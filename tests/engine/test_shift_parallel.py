@@ -22,12 +22,12 @@ from tiny_engine import (
     run,
 )
 
-from arctic_jax.batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.engine.crossover import Crossover
 from arctic_jax.engine.layout_picker import LayoutPicker
 from arctic_jax.engine.runner import ModelRunner
 from arctic_jax.request import Request, SamplingParams
+from arctic_jax.scheduled_batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 from arctic_jax.shift_parallel import MeshLayout, shift, ulysses
 
 TENSORS = make_tensors()
@@ -261,6 +261,8 @@ def test_collectives_of_the_programs() -> None:
     lengths=st.lists(st.integers(1, 64) | st.just(1), min_size=1, max_size=12),
     drafts=st.lists(st.integers(0, 5), min_size=12, max_size=12),
     max_draft_len=st.integers(0, 5),
+    on_device=st.booleans(),
+    shall_draft=st.booleans(),
 )
 def test_every_step_has_a_program(
     threshold: int,
@@ -270,12 +272,16 @@ def test_every_step_has_a_program(
     lengths: list[int],
     drafts: list[int],
     max_draft_len: int,
+    on_device: bool,
+    shall_draft: bool,
 ) -> None:
     """Also at the threshold and one past it; and few programs serve nobody."""
     few, many = shift(1, sp), ulysses(1, sp)
     rows = min(8, max_tokens)
     ladders = {
-        layout: bucket_ladder(max_num_seqs, max_tokens, rows, multiple, max_draft_len)
+        layout: bucket_ladder(
+            max_num_seqs, max_tokens, rows, multiple, max_draft_len, drafts_on_device=on_device
+        )
         for layout, multiple in ((few, 1), (many, sp))
     }
     picker = LayoutPicker(ladders, threshold)
@@ -290,7 +296,7 @@ def test_every_step_has_a_program(
             parts.append(
                 ScheduledRequest(request_of(n), 0, n + drafted, 1 + drafted, True, drafted)
             )
-    scheduled = ScheduledBatch(tuple(parts))
+    scheduled = ScheduledBatch(tuple(parts), drafts=shall_draft and on_device)
     if not scheduled.requests:
         return
     layout, bucket = picker.pick(scheduled)
@@ -298,6 +304,8 @@ def test_every_step_has_a_program(
     assert (layout, bucket) in picker.steps
     assert bucket.fits(scheduled)
     assert bucket == Bucket.fit(scheduled, ladders[layout])  # the threshold costs no padding
+    decodes = scheduled.max_query_len == 1 and scheduled.num_rows == scheduled.num_tokens
+    assert bucket.drafts == (scheduled.drafts or not (on_device and decodes))
 
 
 def request_of(length: int) -> Request:

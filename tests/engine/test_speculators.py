@@ -22,6 +22,8 @@ from speculation_cases import (
     check_any_schedule,
     generate,
     greedy,
+    now_and_then,
+    replay,
 )
 from swiftkv_model import swiftkv_config, swiftkv_tensors
 from tiny_engine import CONFIG, make_engine, make_tensors
@@ -147,7 +149,7 @@ def two_layouts(tmp_path_factory: pytest.TempPathFactory) -> EngineCore:
 def test_any_schedule_of_the_hybrid(
     cramped_hybrid: EngineCore, requests: list, arrivals: list[int]
 ) -> None:
-    check_any_schedule(cramped_hybrid, requests, arrivals)
+    check_any_schedule(cramped_hybrid, requests, arrivals, now_and_then(cramped_hybrid))
 
 
 @settings(SCHEDULES, max_examples=20)
@@ -155,7 +157,7 @@ def test_any_schedule_of_the_hybrid(
 def test_any_schedule_with_swiftkv(
     swiftkv_engine: EngineCore, requests: list, arrivals: list[int]
 ) -> None:
-    check_any_schedule(swiftkv_engine, requests, arrivals)
+    check_any_schedule(swiftkv_engine, requests, arrivals, now_and_then(swiftkv_engine))
 
 
 @pytest.mark.slow
@@ -164,7 +166,7 @@ def test_any_schedule_with_swiftkv(
 def test_any_schedule_in_both_layouts(
     two_layouts: EngineCore, requests: list, arrivals: list[int]
 ) -> None:
-    check_any_schedule(two_layouts, requests, arrivals)
+    check_any_schedule(two_layouts, requests, arrivals, now_and_then(two_layouts))
 
 
 @pytest.mark.parametrize("name", ["cramped_hybrid", "swiftkv_engine"])
@@ -211,6 +213,20 @@ def test_the_device_drafts_from_the_row_that_was_accepted_last(two_layouts: Engi
         state, token = model.state(known[:-1]), np.array(known[-1:])
         wanted, _ = plain_drafts(config, make_speculator(config), base, state, token)
         assert draft == wanted[0].tolist()
+
+
+def test_steps_that_shall_not_draft_do_not(swiftkv_engine: EngineCore) -> None:
+    requests = [(BEGINNINGS[0], greedy(16))]
+    (plain,) = generate(swiftkv_engine, requests)
+    for wants in (False, True):
+        proposer = replay([plain], rate=0.0, kind=Recorder)
+        assert isinstance(proposer, Recorder)
+        proposer.config = replace(proposer.config, hard_disable_by_batch_size=1)  # none verified
+        proposer.wants_drafts = wants
+        generate(swiftkv_engine, requests, proposer)
+        _, *drafts = (draft for _, draft in proposer.drafted)  # without that of the prompt's step
+        assert len(drafts) == 14
+        assert all((-1 in draft) != wants for draft in drafts)
 
 
 def test_as_many_tokens_as_are_wanted(swiftkv_engine: EngineCore) -> None:

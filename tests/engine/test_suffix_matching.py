@@ -20,6 +20,7 @@ from speculation_cases import (
     check_any_schedule,
     generate,
     greedy,
+    now_and_then,
 )
 from tiny_engine import (
     CONFIG,
@@ -30,11 +31,11 @@ from tiny_engine import (
 )
 from tiny_speculator import LSTM, SHARING, write_speculator
 
-from arctic_jax.batch import ScheduledBatch
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.engine.runner import LaunchedStep
 from arctic_jax.engine.suffix_matching import MAX_MATCH_LEN, SuffixMatching
 from arctic_jax.request import SamplingParams
+from arctic_jax.scheduled_batch import ScheduledBatch
 from arctic_jax.spec_decode.proposer import Proposer, build_proposer
 
 K = 6
@@ -117,7 +118,7 @@ def always(engine: EngineCore) -> Proposer:
 @settings(SCHEDULES, max_examples=20)
 @given(REQUESTS, ARRIVALS)
 def test_any_schedule(matcher: EngineCore, requests: list, arrivals: list[int]) -> None:
-    check_any_schedule(matcher, requests, arrivals, always(matcher))
+    check_any_schedule(matcher, requests, arrivals, now_and_then(matcher))
 
 
 @settings(SCHEDULES, max_examples=10)
@@ -125,7 +126,7 @@ def test_any_schedule(matcher: EngineCore, requests: list, arrivals: list[int]) 
 def test_any_schedule_of_the_hybrid(
     hybrid: EngineCore, requests: list, arrivals: list[int]
 ) -> None:
-    check_any_schedule(hybrid, requests, arrivals, always(hybrid))
+    check_any_schedule(hybrid, requests, arrivals, now_and_then(hybrid))
 
 
 def repeating(prompt: Sequence[int], max_tokens: int) -> tuple[list[int], SamplingParams]:

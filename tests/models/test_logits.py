@@ -10,11 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from arctic_jax import weights
-from arctic_jax.batch import Bucket, host_views, packed_size, unpack
+from arctic_jax.batch import host_views, packed_size, unpack
 from arctic_jax.kv_cache import KVCache
 from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.registry import ARCHITECTURES, model_class
+from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import make_mesh, shift
 from arctic_jax.testing import write_checkpoint
 

@@ -80,20 +80,23 @@ def test_where_drafts_succeed_they_gain_what_they_can(where: str) -> None:
     assert found - 1 > 0.9 * (with_all - 1)
 
 
-def device_speed(verify: float, right: int, adaptive: bool = True) -> tuple[float, float]:
+def device_speed(
+    verify: float, draft: float, right: int, adaptive: bool = True
+) -> tuple[float, float]:
     """Tokens a step's time, and the share of steps with drafts, of a speculator of 4 tokens."""
     config = SpeculativeConfig("arctic", model="m", num_speculative_tokens=4, adaptive=adaptive)
-    engine = ScriptedEngine(Times(0.0, 1.0, verify), config, num_right=right)
+    engine = ScriptedEngine(Times(0.0, 1.0, verify, draft=draft), config, num_right=right)
     found = engine.run([([1], range(2000))], 1)
     return found, engine.num_drafts / engine.num_steps
 
 
 @pytest.mark.parametrize("right", [0, 1, 2, 4])
+@pytest.mark.parametrize("draft", [0.0, 0.02, 0.3, 2.0])
 @pytest.mark.parametrize("verify", [1.02, 1.3, 2.0, 3.0, 6.0])
-def test_drafts_are_made_where_they_pay(verify: float, right: int) -> None:
-    """Whatever a step with a draft costs: as fast as without, and as with all."""
-    found, share = device_speed(verify, right)
-    with_all, _ = device_speed(verify, right, adaptive=False)
+def test_drafts_are_made_where_they_pay(verify: float, draft: float, right: int) -> None:
+    """Whatever it costs to make a draft and to verify it: as fast as without, and as with all."""
+    found, share = device_speed(verify, draft, right)
+    with_all, _ = device_speed(verify, draft, right, adaptive=False)
     assert found > 0.98 * max(1.0, with_all)
     if with_all > 1.1:
         assert share > 0.9

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arctic_jax.batch import ScheduledRequest
 from arctic_jax.request import Request, SamplingParams
+from arctic_jax.scheduled_batch import ScheduledRequest
 from arctic_jax.spec_decode import draft_tree
 from arctic_jax.spec_decode.acceptance import Acceptance
 from arctic_jax.spec_decode.draft import Draft

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from arctic_jax.batch import HostOutput, ScheduledBatch, ScheduledRequest
+from arctic_jax.batch import HostOutput
 from arctic_jax.request import Request, RequestStatus, SamplingParams
+from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 from arctic_jax.spec_decode.device_proposer import DeviceProposer
 from arctic_jax.spec_decode.draft_costs import DraftCosts
 from arctic_jax.spec_decode.hybrid_proposer import HybridProposer
@@ -50,7 +51,7 @@ def propose(
     parts = [
         ScheduledRequest(r, 0, 1 + drafted, 1 + drafted, True, drafted, accepted) for r in requests
     ]
-    proposer.propose(ScheduledBatch(tuple(parts)), output_of(drafts))
+    proposer.propose(ScheduledBatch(tuple(parts), bool(drafts)), output_of(drafts))
     return [list(request.draft) for request in requests]
 
 
