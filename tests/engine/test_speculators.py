@@ -231,7 +231,7 @@ def test_steps_that_shall_not_draft_do_not(swiftkv_engine: EngineCore) -> None:
 
 def test_as_many_tokens_as_are_wanted(swiftkv_engine: EngineCore) -> None:
     assert swiftkv_engine.config.speculative.max_draft_len == 2
-    assert len(swiftkv_engine.proposer.stats.drafted) == 2
+    assert len(build_proposer(swiftkv_engine.config.speculative).stats.drafted) == 2
 
 
 @pytest.mark.parametrize(
