@@ -39,7 +39,7 @@ from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.engine.sampler_rows import SamplerRows
 from arctic_jax.engine.step_program import StepProgram
-from arctic_jax.engine.weight_loading import WeightLoader
+from arctic_jax.engine.weight_loading import Placed, WeightLoader
 from arctic_jax.kv_cache import KVCaches, KVCacheSpec, ModelCacheSpec, TokenCacheSpec
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.llama import LlamaForCausalLM
@@ -119,68 +119,23 @@ class ModelRunner:
         self.layouts += [ulysses(tp, sp)] if sp > 1 else []
         self.limits = limits
         self.max_num_seqs = limits.max_num_seqs
-        max_tokens = limits.max_num_batched_tokens
         # Where only the rows that need logits reach the upper layers, a prompt's rows stay few.
         has_all_rows = model_config.num_lower_layers == model_config.num_hidden_layers
-        most_rows = min(MAX_EXTRA_ROWS, max_tokens)
+        most_rows = min(MAX_EXTRA_ROWS, limits.max_num_batched_tokens)
         self.max_prompt_rows = most_rows if has_all_rows else 0
-        max_draft_len = config.speculative.max_draft_len
-        self.max_extra_rows = most_rows if max_draft_len else self.max_prompt_rows
-        self._ladders = {
-            layout: bucket_ladder(
-                self.max_num_seqs,
-                max_tokens,
-                self.max_extra_rows,
-                sp if layout.tokens else 1,
-                max_draft_len,
-                config.speculative.suffix_use_tree_spec,
-                config.speculative.drafts_on_device,
-            )
-            for layout in self.layouts
-        }
-        self.max_model_len = _max_model_len(config.load.max_model_len, model_config)
-        self.dtype = _compute_dtype(config.load.dtype, model_config)
-        num_shards = parallel.num_devices
-        if isinstance(checkpoint, OrbaxCheckpoint):
-            num_shards = checkpoint.num_shards(num_shards)
-        implementation = config.load.implementation
-        model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
-        loader = WeightLoader(self.mesh, self.layouts, self.dtype, config.load.seed, report)
-        self.leaves, partitions = loader.load(model, checkpoint, "weights")
-        heads = PartitionSpec(None, None, self.layouts[-1].devices or None)
-        layers, head_dim = model_config.num_cache_layers, model_config.head_dim
-        caches: list[ModelCacheSpec | TokenCacheSpec] = [
-            ModelCacheSpec(layers, model.num_kv_groups, head_dim, heads)
-        ]
-        drafting = drafter.drafting if drafter else None
-        if drafter is not None:
-            module = drafter.drafting.module(num_shards, implementation)
-            caches += drafter.drafting.caches()
-            added, lie = loader.load(
-                module, drafter.checkpoint, "drafter weights", drafter.drafting.layout
-            )
-            self.leaves = {layout: self.leaves[layout] + added[layout] for layout in self.layouts}
-            partitions = {layout: partitions[layout] + lie[layout] for layout in self.layouts}
-        self.cache_spec = KVCacheSpec(tuple(caches), config.cache.block_size, self.dtype)
-        self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
+        drafts = config.speculative.max_draft_len > 0
+        self.max_extra_rows = most_rows if drafts else self.max_prompt_rows
+        self._ladders = {layout: self._ladder(layout, config) for layout in self.layouts}
         buckets = [bucket for ladder in self._ladders.values() for bucket in ladder]
         max_rows = max(bucket.num_rows for bucket in buckets)
-        self.max_masks = self.max_num_seqs + (self.max_extra_rows if max_draft_len else 0)
-        program = StepProgram(
-            model_class,
-            model_config,
-            num_shards,
-            implementation,
-            partitions,
-            self.cache_spec,
-            self.max_blocks_per_seq,
-            self.max_num_seqs,
-            self.max_masks,
-            max_rows,
-            config.scheduler.max_logprobs,
-            max_draft_len,
-            drafting,
+        self.max_model_len = _max_model_len(config.load.max_model_len, model_config)
+        self.dtype = _compute_dtype(config.load.dtype, model_config)
+        self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
+        self.max_masks = self.max_num_seqs + (self.max_extra_rows if drafts else 0)
+        self.leaves, program = self._load(
+            config, model_class, checkpoint, drafter, max_rows, report
         )
+        self.cache_spec = program.cache
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
         self.programs = ProgramCache(
             program,
@@ -188,29 +143,19 @@ class ModelRunner:
             program_store.default_directory(),
             processes=min(MAX_PROCESSES, (os.cpu_count() or 1) // 2) if on_gpu else 0,
         )
-        self.num_blocks = config.cache.num_blocks or self._blocks_that_fit(config.cache)
-        self.num_blocks = min(map(int, self.nodes.everyones(str(self.num_blocks))))
-        if self.num_blocks < self.max_blocks_per_seq:
-            room = self.num_blocks * config.cache.block_size
-            raise ValueError(
-                f"max_model_len={self.max_model_len} needs {self.max_blocks_per_seq} blocks of "
-                f"the cache, there is room for {self.num_blocks} ({room} tokens); set a smaller "
-                "max_model_len or give the cache more memory"
-            )
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        self.state = jax.device_put(
-            SamplerState.zeros(self.max_num_seqs, model_config.vocab_size, self.max_masks),
-            replicated,
-        )
+        self.num_blocks = self._number_of_blocks(config.cache)
+        vocab_size = model_config.vocab_size
+        state = SamplerState.zeros(self.max_num_seqs, vocab_size, self.max_masks)
         self._num_drafted = program.num_drafted
         width = StepOutput.width(config.scheduler.max_logprobs, self._num_drafted)
-        self._output = jax.device_put(np.zeros((max_rows, width), np.int32), replicated)
+        output = np.zeros((max_rows, width), np.int32)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.state, self._output = jax.device_put((state, output), replicated)
         self.packer = self._new_packer()
-        self._rows = SamplerRows(model_config.vocab_size)
-        self._masks = GrammarMasks(model_config.vocab_size)
+        self._rows, self._masks = SamplerRows(vocab_size), GrammarMasks(vocab_size)
         decode = [bucket for bucket in buckets if bucket.max_query_len == 1]
         largest = max(packed_size(bucket, self.max_blocks_per_seq) for bucket in decode)
-        self._guards = _set_room_aside(4 * max(largest, self._output.size), self.mesh)
+        self._guards = _set_room_aside(4 * max(largest, output.size), self.mesh)
         self.crossover = self._find_crossover(parallel.shift_parallel_threshold, report)
         self.picker = LayoutPicker(self._ladders, self.crossover.threshold)
         self._moves: list[list[int]] = []  # of tokens in the cache, before the next step
@@ -285,6 +230,65 @@ class ModelRunner:
     def forget(self, request: Request) -> None:
         """Drop what is remembered of an ended request."""
         self._rows.forget(request)
+
+    def _ladder(self, layout: MeshLayout, config: EngineConfig) -> tuple[Bucket, ...]:
+        """Return the shapes that steps of a layout can have."""
+        return bucket_ladder(
+            self.max_num_seqs,
+            self.limits.max_num_batched_tokens,
+            self.max_extra_rows,
+            config.parallel.ulysses_sequence_parallel_size if layout.tokens else 1,
+            config.speculative.max_draft_len,
+            config.speculative.suffix_use_tree_spec,
+            config.speculative.drafts_on_device,
+        )
+
+    def _load(
+        self,
+        config: EngineConfig,
+        model_class: type[LlamaForCausalLM],
+        checkpoint: Checkpoint | OrbaxCheckpoint | None,
+        drafter: DrafterFiles | None,
+        max_rows: int,
+        report: Report,
+    ) -> tuple[Placed, StepProgram]:
+        """Place the weights of the model and its drafter; say what a step computes with them."""
+        model_config, implementation = self.model_config, config.load.implementation
+        num_shards = config.parallel.num_devices
+        if isinstance(checkpoint, OrbaxCheckpoint):
+            num_shards = checkpoint.num_shards(num_shards)
+        model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
+        loader = WeightLoader(self.mesh, self.layouts, self.dtype, config.load.seed, report)
+        leaves, partitions = loader.load(model, checkpoint, "weights")
+        heads = PartitionSpec(None, None, self.layouts[-1].devices or None)
+        layers, head_dim = model_config.num_cache_layers, model_config.head_dim
+        caches: list[ModelCacheSpec | TokenCacheSpec] = [
+            ModelCacheSpec(layers, model.num_kv_groups, head_dim, heads)
+        ]
+        drafting = drafter.drafting if drafter else None
+        if drafter is not None:
+            module = drafter.drafting.module(num_shards, implementation)
+            caches += drafter.drafting.caches()
+            added, lie = loader.load(
+                module, drafter.checkpoint, "drafter weights", drafter.drafting.layout
+            )
+            leaves = {layout: leaves[layout] + added[layout] for layout in self.layouts}
+            partitions = {layout: partitions[layout] + lie[layout] for layout in self.layouts}
+        return leaves, StepProgram(
+            model_class,
+            model_config,
+            num_shards,
+            implementation,
+            partitions,
+            KVCacheSpec(tuple(caches), config.cache.block_size, self.dtype),
+            self.max_blocks_per_seq,
+            self.max_num_seqs,
+            self.max_masks,
+            max_rows,
+            config.scheduler.max_logprobs,
+            config.speculative.max_draft_len,
+            drafting,
+        )
 
     def _new_packer(self) -> StepPacker:
         return StepPacker(
@@ -405,6 +409,18 @@ class ModelRunner:
             self._start(layout, bucket, packed).block_until_ready()
             elapsed.append((time.perf_counter() - start) * 1e3)
         return statistics.median(elapsed[2:])
+
+    def _number_of_blocks(self, cache: CacheConfig) -> int:
+        """Return how many blocks the cache has, the same on all nodes."""
+        wanted = cache.num_blocks or self._blocks_that_fit(cache)
+        count = min(map(int, self.nodes.everyones(str(wanted))))
+        if count < self.max_blocks_per_seq:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} needs {self.max_blocks_per_seq} blocks of "
+                f"the cache, there is room for {count} ({count * cache.block_size} tokens); set a "
+                "smaller max_model_len or give the cache more memory"
+            )
+        return count
 
     def _blocks_that_fit(self, cache: CacheConfig) -> int:
         """Size the cache: a share of the memory, on a GPU what weights and programs leave."""
