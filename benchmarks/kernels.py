@@ -184,7 +184,7 @@ def main() -> None:
     for operation in OPERATIONS:
         cases = importlib.import_module(f"{pallas_kernels.__name__}.{operation}.cases")
         for case in cases.CASES:
-            if "bench" not in case.tags or options.filter not in f"{operation} {case.name}":
+            if "bench" not in case.tags.split() or options.filter not in f"{operation} {case.name}":
                 continue
             try:
                 found = run(operation, case, options.implementations, ceiling)

@@ -19,30 +19,26 @@ command(app, "generate")(training.generate)
 @command(app, "train")
 def train(
     model: training.Model,
-    data: Annotated[Path, typer.Argument(help='JSON lines of "messages" or "text".')],
-    out: Annotated[Path, typer.Argument(help="A folder; what was begun there goes on.")],
+    data: training.Data,
+    out: training.Out,
     kind: Annotated[str, typer.Option(help="lstm or mlp.")] = "lstm",
     inner_size: Annotated[int, typer.Option(min=1, help="Of its states.")] = 1024,
     n_predict: Annotated[int, typer.Option(min=1, help="Tokens of a draft.")] = 3,
     share: Annotated[
         bool, typer.Option("--share/--no-share", help="Use the model's embedding and head.")
     ] = True,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
-    epochs: Annotated[float, typer.Option(help="Over the data.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step, all devices.")] = 16,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
-    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
-    schedule: Annotated[str, typer.Option(help="After the warm-up: cosine, constant.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.05,
+    steps: training.Steps = None,
+    epochs: training.Epochs = 1.0,
+    batch_size: training.BatchSize = 16,
+    max_length: training.MaxLength = 1024,
+    learning_rate: training.LearningRate = 1e-3,
+    schedule: training.Schedule = "cosine",
+    warmup: training.Warmup = 0.05,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.1,
-    dtype: Annotated[
-        str, typer.Option(help="Of the computation; masters are float32.")
-    ] = "bfloat16",
-    attention: Annotated[
-        str | None, typer.Option(help="xla or cudnn; by default the faster one that can run.")
-    ] = None,
+    dtype: training.Dtype = "bfloat16",
+    attention: training.Attention = None,
     seed: Annotated[int, typer.Option(help="Of the first weights and the data's order.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    save_every: training.SaveEvery = 200,
 ) -> None:
     """Train a speculator for a model, on all devices; see docs/speculative-decoding.md."""
     from arctic_jax.config import LoadConfig

@@ -22,6 +22,22 @@ Group = Annotated[
     typer.Option("--key-value-group-size", min=1, help="Upper layers that share keys and values."),
 ]
 
+# What every training takes; `speculator train` has other defaults.
+Data = Annotated[Path, typer.Argument(help='JSON lines of "messages" or "text".')]
+Out = Annotated[Path, typer.Argument(help="A folder; what was begun there goes on.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")]
+Epochs = Annotated[float, typer.Option(help="Over the data.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows of a step, all devices.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of a row.")]
+LearningRate = Annotated[float, typer.Option(help="The highest.")]
+Schedule = Annotated[str, typer.Option(help="After the warm-up: cosine, constant.")]
+Warmup = Annotated[float, typer.Option(help="Share of the steps.")]
+Dtype = Annotated[str, typer.Option(help="Of the computation; masters are float32.")]
+Attention = Annotated[
+    str | None, typer.Option(help="xla or cudnn; by default the faster one that can run.")
+]
+SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
+
 
 @command(app, "convert")
 def convert(
@@ -91,27 +107,23 @@ def generate(
 @command(app, "distill")
 def distill(
     model: Model,
-    data: Annotated[Path, typer.Argument(help='JSON lines of "messages" or "text".')],
-    out: Annotated[Path, typer.Argument(help="A folder; what was begun there goes on.")],
+    data: Data,
+    out: Out,
     lower: Lower,
     group: Group = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
-    epochs: Annotated[float, typer.Option(help="Over the data.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step, all devices.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-4,
-    schedule: Annotated[str, typer.Option(help="After the warm-up: cosine, constant.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.05,
+    steps: Steps = None,
+    epochs: Epochs = 1.0,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 2048,
+    learning_rate: LearningRate = 2e-4,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 0.05,
     temperature: Annotated[float, typer.Option(help="Of the divergence.")] = 2.0,
     hidden_weight: Annotated[float, typer.Option(help="Of the hidden states' error.")] = 1.0,
-    dtype: Annotated[
-        str, typer.Option(help="Of the computation; masters are float32.")
-    ] = "bfloat16",
-    attention: Annotated[
-        str | None, typer.Option(help="xla or cudnn; by default the faster one that can run.")
-    ] = None,
+    dtype: Dtype = "bfloat16",
+    attention: Attention = None,
     seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    save_every: SaveEvery = 100,
 ) -> None:
     """Train a SwiftKV student of a model, on all devices; see docs/swiftkv.md."""
     from arctic_jax.config import LoadConfig

@@ -6,7 +6,7 @@ norm; these alone are trained, in float32, data-parallel over the devices.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,13 +20,12 @@ from arctic_jax.training import data, swiftkv_checkpoint
 from arctic_jax.training.forward import Batch, Weights, output_head, teacher_and_student
 from arctic_jax.training.loop import LOG as LOG
 from arctic_jax.training.loop import (
-    SETTINGS,
     Progress,
     TrainingLoop,
     TrainingRecipe,
     load_weights,
     plot,
-    settle,
+    prepare,
 )
 from arctic_jax.training.losses import divergence, hidden_error
 
@@ -90,9 +89,7 @@ def distill(
     config = model_class(student).config_from_hf(student)
     if config.num_lower_layers == config.num_hidden_layers:
         raise ValueError(f"with {config.num_lower_layers} lower layers there is nothing to train")
-    rows = data.read_rows(data_file, files.tokenizer, recipe.max_length)
-    directory.mkdir(parents=True, exist_ok=True)
-    settle(directory / SETTINGS, {**asdict(recipe), "model": load.model, "rows": len(rows)})
+    rows = prepare(directory, recipe, load, data_file, files.tokenizer)
     training = Training(files, config, rows, directory, recipe)
     interrupted = training.run(report, on_step)
     own = training.own()
@@ -110,12 +107,7 @@ class Training(TrainingLoop):
     Args:
         files: of the teacher.
         config: of the student.
-        rows: the data.
-        directory: for the log and the checkpoints.
-        recipe: see there.
-
-    Raises:
-        ValueError: a batch cannot be split over the devices.
+        rows, directory, recipe: see `TrainingLoop`.
     """
 
     def __init__(

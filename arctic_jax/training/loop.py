@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,9 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from arctic_jax.config import LoadConfig
 from arctic_jax.interrupts import interrupts_held
+from arctic_jax.loading.tokenizer import Tokenizer
 from arctic_jax.progress import Report
 from arctic_jax.training import data
 from arctic_jax.training.forward import Batch, Implementation, Weights
@@ -276,18 +278,37 @@ def _abstract(array: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def settle(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write what a run is made of, or see that it goes on with the same.
+def prepare(
+    directory: Path,
+    recipe: TrainingRecipe,
+    load: LoadConfig,
+    data_file: Path,
+    tokenizer: Tokenizer,
+) -> data.Rows:
+    """Read the rows of a run; write what it is made of, or see that it goes on with the same.
+
+    Args:
+        directory: of the run; made if need be.
+        recipe: how it trains.
+        load: the model.
+        data_file: JSON lines, see `data`.
+        tokenizer: of the model.
 
     Raises:
-        ValueError: it began with other settings; the message has those that differ.
+        ValueError: the data do not fit, or the run was begun with other settings; the message has
+            those that differ.
     """
+    rows = data.read_rows(data_file, tokenizer, recipe.max_length)
+    settings = {**asdict(recipe), "model": load.model, "rows": len(rows)}
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / SETTINGS
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
         differing = {n: (found.get(n), v) for n, v in settings.items() if found.get(n) != v}
         if differing:
-            raise ValueError(f"{path.parent} was begun with other settings: {differing}")
-    path.write_text(json.dumps(dict(settings), indent=1) + "\n", "utf-8")
+            raise ValueError(f"{directory} was begun with other settings: {differing}")
+    path.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+    return rows
 
 
 def plot(directory: Path, names: Sequence[str], scale: str = "log") -> None:

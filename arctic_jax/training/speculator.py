@@ -8,7 +8,7 @@ places at once. Its parameters alone are trained, in float32, data-parallel over
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,12 @@ from arctic_jax.shift_parallel import shift
 from arctic_jax.training import data, speculator_checkpoint
 from arctic_jax.training.forward import Batch, Weights, hidden_states
 from arctic_jax.training.loop import (
-    SETTINGS,
     Progress,
     TrainingLoop,
     TrainingRecipe,
     load_weights,
     plot,
-    settle,
+    prepare,
 )
 from arctic_jax.training.losses import divisor
 from arctic_jax.training.swiftkv_checkpoint import STUDENTS, original_weights
@@ -117,9 +116,7 @@ def train(
     config = speculator_checkpoint.speculator_config(
         base, recipe.kind, recipe.inner_size, recipe.n_predict, recipe.shares
     )
-    rows = data.read_rows(data_file, files.tokenizer, recipe.max_length)
-    directory.mkdir(parents=True, exist_ok=True)
-    settle(directory / SETTINGS, {**asdict(recipe), "model": load.model, "rows": len(rows)})
+    rows = prepare(directory, recipe, load, data_file, files.tokenizer)
     training = Training(files, base, config, rows, directory, recipe)
     interrupted = training.run(report, on_step)
     tensors = speculator_checkpoint.checkpoint_tensors(training.speculator, training.own())
@@ -137,12 +134,7 @@ class Training(TrainingLoop):
         files: of the model.
         base: its numbers.
         config: of the speculator, in the form of its `config.json`.
-        rows: the data.
-        directory: for the log and the checkpoints.
-        recipe: see there.
-
-    Raises:
-        ValueError: a batch cannot be split over the devices.
+        rows, directory, recipe: see `TrainingLoop`.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Residual addition and LayerNorm: the named shapes that tests and benchmarks run, and the formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
@@ -9,35 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
+
 # Largest difference in one element, relative to 1 + |expected|: the rounding of the result, which
 # is a small one where weight and bias take each other away.
 TOLERANCE = {"float32": 3e-6, "float16": 1.5e-3, "bfloat16": 8e-3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """`tokens` rows of the residual stream of an encoder."""
 
-    name: str
-    tags: frozenset[str]
     tokens: int
     hidden: int
-    dtype: str = "bfloat16"
-    race_detection: bool = False
-
-
-def _case(name: str, tokens: int, hidden: int, tags: str = "ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), tokens, hidden, **more)
 
 
 CASES = (
-    _case("arctic_m", 8, 768, dtype="float16", race_detection=True),
-    _case("minilm", 4, 384, dtype="float32"),
-    _case("arctic_l", 4, 1024),
-    _case("tokens_3", 3, 768),
-    _case("hidden_100", 4, 100),
-    _case("arctic_m_32k", 32768, 768, "bench"),
-    _case("minilm_32k", 32768, 384, "bench"),
+    Case("arctic_m", 8, 768, dtype="float16", race_detection=True),
+    Case("minilm", 4, 384, dtype="float32"),
+    Case("arctic_l", 4, 1024),
+    Case("tokens_3", 3, 768),
+    Case("hidden_100", 4, 100),
+    Case("arctic_m_32k", 32768, 768, tags="bench"),
+    Case("minilm_32k", 32768, 384, tags="bench"),
 )
 
 
@@ -63,13 +57,7 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
     return x / deviation * weight + bias
 
 
-def comparable(case: Case, output: jax.Array, arguments: tuple) -> tuple[np.ndarray]:
-    """Return the output as float64; all of it must be finite."""
-    del arguments
-    array = np.asarray(output).astype(np.float64)
-    if not np.isfinite(array).all():
-        raise AssertionError(f"{case.name}: not finite")
-    return (array,)
+comparable = cases.finite
 
 
 def following(arguments: tuple, output: jax.Array) -> tuple:

@@ -1,6 +1,6 @@
 """Residual addition and RMSNorm: the named shapes that tests and benchmarks run, and the formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
@@ -9,42 +9,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
+
 # Largest difference in one element, relative to 1 + |expected|: the roundings of the sum, of the
 # normalised sum and of its product with the weight.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.2e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """`tokens` rows of the residual stream of a model."""
 
-    name: str
-    tags: frozenset[str]
     tokens: int
     hidden: int
-    dtype: str = "bfloat16"
-    race_detection: bool = False
-
-
-def _case(name: str, tokens: int, hidden: int, tags: str = "ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), tokens, hidden, **more)
 
 
 CASES = (
-    _case("llama_8b_b1", 1, 4096),
-    _case("smollm2_135m", 3, 576, race_detection=True),
-    _case("qwen2_05b", 2, 896),
-    _case("qwen3_06b", 5, 1024, race_detection=True),
-    _case("llama_70b", 2, 8192),
-    _case("smollm2_fp16", 2, 576, dtype="float16"),
-    _case("qwen3_fp32", 2, 1024, dtype="float32"),
-    _case("hidden_100", 2, 100),
-    _case("hidden_32k", 1, 32768),
-    _case("llama_8b_8k", 8192, 4096, "bench"),
-    _case("smollm2_135m_8k", 8192, 576, "bench"),
-    _case("llama_70b_8k", 8192, 8192, "bench"),
-    _case("llama_8b_b256", 256, 4096, "bench"),
-    _case("llama_8b_b64", 64, 4096, "bench"),
+    Case("llama_8b_b1", 1, 4096),
+    Case("smollm2_135m", 3, 576, race_detection=True),
+    Case("qwen2_05b", 2, 896),
+    Case("qwen3_06b", 5, 1024, race_detection=True),
+    Case("llama_70b", 2, 8192),
+    Case("smollm2_fp16", 2, 576, dtype="float16"),
+    Case("qwen3_fp32", 2, 1024, dtype="float32"),
+    Case("hidden_100", 2, 100),
+    Case("hidden_32k", 1, 32768),
+    Case("llama_8b_8k", 8192, 4096, tags="bench"),
+    Case("smollm2_135m_8k", 8192, 576, tags="bench"),
+    Case("llama_70b_8k", 8192, 8192, tags="bench"),
+    Case("llama_8b_b256", 256, 4096, tags="bench"),
+    Case("llama_8b_b64", 64, 4096, tags="bench"),
 )
 
 
@@ -68,13 +62,7 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, 
     return x, x / root_mean_square * weight
 
 
-def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray, ...]:
-    """Return both outputs as float64; all of them must be finite."""
-    del arguments
-    arrays = tuple(np.asarray(array).astype(np.float64) for array in output)
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise AssertionError(f"{case.name}: not finite")
-    return arrays
+comparable = cases.finite
 
 
 def following(arguments: tuple, output: tuple) -> tuple:

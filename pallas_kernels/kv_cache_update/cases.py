@@ -1,6 +1,6 @@
 """Key/value cache update: the named shapes that tests and benchmarks run, and the float64 formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
+
 LAYER = 1  # the first that is written; the one before it is not
 
 # Largest difference in one element, relative to 1 + |expected|: one rounding of the stored dtype.
@@ -16,27 +18,20 @@ TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """`tokens` new tokens, every `padding_every`-th of them padding, into a pool of blocks."""
 
-    name: str
-    tags: frozenset[str]
     tokens: int
     heads: int
     kv_heads: int
     head_dim: int
     blocks: int
+    _: dataclasses.KW_ONLY
     layers: int = 1
     block_size: int = 64
-    dtype: str = "bfloat16"
     padding_every: int = 0
     contiguous: bool = False  # one chunk of a prompt, not one token of each sequence
     norm: bool = False  # of queries and keys
-    race_detection: bool = False
-
-
-def _case(name: str, tokens: int, heads: tuple[int, int, int], blocks: int, tags="ci", **more):
-    return Case(name, frozenset(tags.split()), tokens, *heads, blocks, **more)
 
 
 # (query heads, key/value heads, head_dim) of a model, or of one of its tensor-parallel shards
@@ -50,29 +45,29 @@ GEMMA_2B = (8, 1, 256)
 PHI3_MINI_TP16 = (2, 2, 96)  # a head_dim the GPU kernel does not take
 
 CASES = (
-    _case("decode_llama_8b", 5, LLAMA_8B, 6, padding_every=3),
-    _case("decode_smollm2", 3, SMOLLM2_135M, 4, race_detection=True),
-    _case("decode_mqa", 2, GEMMA_2B, 3),
-    _case("decode_all_padding", 2, LLAMA_8B_TP4, 2, padding_every=1),
-    _case("decode_block16_fp16", 4, LLAMA_8B_TP4, 9, block_size=16, dtype="float16"),
-    _case("decode_fp32", 4, SMOLLM2_135M, 5, dtype="float32", padding_every=2),
-    _case("decode_qwen3", 6, QWEN3_06B_TP4, 5, norm=True, padding_every=4, race_detection=True),
-    _case("decode_head_dim_96", 3, PHI3_MINI_TP16, 4),
-    _case("decode_head_dim_192", 3, (4, 2, 192), 4, dtype="float16", norm=True),
-    _case("decode_layers", 5, (0, 2, 128), 4, layers=3, padding_every=4, race_detection=True),
-    _case("decode_layers_qwen3", 3, (2, 2, 64), 4, layers=2, norm=True, dtype="float32"),
-    _case("chunk_llama_8b", 67, LLAMA_8B_TP4, 4, padding_every=7, contiguous=True),
-    _case("chunk_layers", 41, (0, 2, 64), 3, layers=2, contiguous=True),
-    _case("decode_llama_8b_b1", 1, LLAMA_8B, 512, "bench"),
-    _case("decode_llama_8b_b16", 16, LLAMA_8B, 512, "bench"),
-    _case("decode_llama_8b_b64", 64, LLAMA_8B, 512, "bench"),
-    _case("decode_llama_8b_b256", 256, LLAMA_8B, 512, "bench"),
-    _case("decode_qwen3_8b_b64", 64, QWEN3_8B, 512, "bench", norm=True),
-    _case("decode_16_layers_b64", 64, LLAMA_8B_KV, 16, "bench", layers=16),
-    _case("chunk_llama_8b_8k", 8192, LLAMA_8B, 512, "bench", contiguous=True),
-    _case("chunk_qwen3_8b_8k", 8192, QWEN3_8B, 512, "bench", contiguous=True, norm=True),
-    _case("chunk_smollm2_8k", 8192, SMOLLM2_135M, 512, "bench", contiguous=True),
-    _case("chunk_16_layers_8k", 8192, LLAMA_8B_KV, 130, "bench", layers=16, contiguous=True),
+    Case("decode_llama_8b", 5, *LLAMA_8B, 6, padding_every=3),
+    Case("decode_smollm2", 3, *SMOLLM2_135M, 4, race_detection=True),
+    Case("decode_mqa", 2, *GEMMA_2B, 3),
+    Case("decode_all_padding", 2, *LLAMA_8B_TP4, 2, padding_every=1),
+    Case("decode_block16_fp16", 4, *LLAMA_8B_TP4, 9, block_size=16, dtype="float16"),
+    Case("decode_fp32", 4, *SMOLLM2_135M, 5, dtype="float32", padding_every=2),
+    Case("decode_qwen3", 6, *QWEN3_06B_TP4, 5, norm=True, padding_every=4, race_detection=True),
+    Case("decode_head_dim_96", 3, *PHI3_MINI_TP16, 4),
+    Case("decode_head_dim_192", 3, *(4, 2, 192), 4, dtype="float16", norm=True),
+    Case("decode_layers", 5, *(0, 2, 128), 4, layers=3, padding_every=4, race_detection=True),
+    Case("decode_layers_qwen3", 3, *(2, 2, 64), 4, layers=2, norm=True, dtype="float32"),
+    Case("chunk_llama_8b", 67, *LLAMA_8B_TP4, 4, padding_every=7, contiguous=True),
+    Case("chunk_layers", 41, *(0, 2, 64), 3, layers=2, contiguous=True),
+    Case("decode_llama_8b_b1", 1, *LLAMA_8B, 512, tags="bench"),
+    Case("decode_llama_8b_b16", 16, *LLAMA_8B, 512, tags="bench"),
+    Case("decode_llama_8b_b64", 64, *LLAMA_8B, 512, tags="bench"),
+    Case("decode_llama_8b_b256", 256, *LLAMA_8B, 512, tags="bench"),
+    Case("decode_qwen3_8b_b64", 64, *QWEN3_8B, 512, tags="bench", norm=True),
+    Case("decode_16_layers_b64", 64, *LLAMA_8B_KV, 16, tags="bench", layers=16),
+    Case("chunk_llama_8b_8k", 8192, *LLAMA_8B, 512, tags="bench", contiguous=True),
+    Case("chunk_qwen3_8b_8k", 8192, *QWEN3_8B, 512, tags="bench", contiguous=True, norm=True),
+    Case("chunk_smollm2_8k", 8192, *SMOLLM2_135M, 512, tags="bench", contiguous=True),
+    Case("chunk_16_layers_8k", 8192, *LLAMA_8B_KV, 130, tags="bench", layers=16, contiguous=True),
 )
 
 

@@ -1,6 +1,6 @@
 """Product with a weight: the named shapes that tests and benchmarks run, and the float64 formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
@@ -9,28 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
+
 # Largest difference in one element, relative to 1 + |expected|: the roundings of the products, and
 # for "xla" those before the bias, the gate and the activation; each of them a number near 1.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """`tokens` rows times a weight `[..., K]`, or `[K, N]` if `inputs_first`."""
 
-    name: str
-    tags: frozenset[str]
     tokens: int
     weight: tuple[int, ...]
+    _: dataclasses.KW_ONLY
     gated: bool = False
     inputs_first: bool = False
     bias: bool = False
-    dtype: str = "bfloat16"
-    race_detection: bool = False
-
-
-def _case(name: str, tokens: int, weight: tuple[int, ...], tags: str = "ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), tokens, weight, **more)
 
 
 def layer(
@@ -57,14 +52,14 @@ LAYERS = {
 BENCHED_TOKENS = {"llama_8b": (2, 8, 16, 32, 64, 128, 256)}  # of the others 16 and 64
 
 CASES = (
-    _case("one_tile", 8, (64, 192), race_detection=True),
-    _case("inputs_first_split", 24, (384, 64), inputs_first=True, race_detection=True),
-    _case("gated_shards_two_tokens", 2, (2, 2, 64, 192), gated=True, bias=True),
-    _case("odd_tokens_bias", 11, (2, 64, 128), bias=True),
-    _case("fp16", 40, (64, 128), dtype="float16"),
-    _case("odd_sizes", 5, (1, 2, 40, 100), gated=True),
+    Case("one_tile", 8, (64, 192), race_detection=True),
+    Case("inputs_first_split", 24, (384, 64), inputs_first=True, race_detection=True),
+    Case("gated_shards_two_tokens", 2, (2, 2, 64, 192), gated=True, bias=True),
+    Case("odd_tokens_bias", 11, (2, 64, 128), bias=True),
+    Case("fp16", 40, (64, 128), dtype="float16"),
+    Case("odd_sizes", 5, (1, 2, 40, 100), gated=True),
     *(
-        _case(f"b{tokens}_{model}_{product}", tokens, tags="bench", **keywords)
+        Case(f"b{tokens}_{model}_{product}", tokens, tags="bench", **keywords)
         for model, products in LAYERS.items()
         for product, keywords in products.items()
         for tokens in BENCHED_TOKENS.get(model, (16, 64))
@@ -97,13 +92,7 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> np.ndarray:
     return product.reshape(case.tokens, -1)
 
 
-def comparable(case: Case, output: jax.Array, arguments: tuple) -> tuple[np.ndarray]:
-    """Return the output as float64; all of it must be finite."""
-    del arguments
-    array = np.asarray(output).astype(np.float64)
-    if not np.isfinite(array).all():
-        raise AssertionError(f"{case.name}: not finite")
-    return (array,)
+comparable = cases.finite
 
 
 def following(arguments: tuple, output: jax.Array) -> tuple:

@@ -1,6 +1,6 @@
 """Log-probabilities: the named shapes that tests and benchmarks run, and the float64 formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
@@ -8,44 +8,40 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
+
 TOLERANCE = {"float32": 2e-6}  # of a logarithm, relative to 1 + |expected|; ids and ranks are exact
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """Rows of `vocab` normal logits; in quarters if there shall be ties."""
 
-    name: str
-    tags: frozenset[str]
     rows: int
     vocab: int
     top: int
+    _: dataclasses.KW_ONLY
     wanted: bool = True
     ties: bool = False
     dtype: str = "float32"
-    race_detection: bool = False  # small enough for the interpreter to look for races
-
-
-def _case(name: str, rows: int, vocab: int, top: int, tags: str = "ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), rows, vocab, top, **more)
 
 
 LLAMA_3, SMOLLM2, GPT_2 = 128_256, 49_152, 50_257
 CASES = (
-    _case("fewer_than_wanted", 2, 5, 8),
-    _case("odd_vocab", 3, 1301, 5, race_detection=True),
-    _case("even_vocab", 2, 2050, 3),
-    _case("ties", 3, 700, 9, ties=True),
-    _case("none_of_the_likeliest", 2, 900, 0),
-    _case("many_blocks", 2, 4100, 4),
-    _case("not_wanted", 2, 900, 3, wanted=False),
+    Case("fewer_than_wanted", 2, 5, 8),
+    Case("odd_vocab", 3, 1301, 5, race_detection=True),
+    Case("even_vocab", 2, 2050, 3),
+    Case("ties", 3, 700, 9, ties=True),
+    Case("none_of_the_likeliest", 2, 900, 0),
+    Case("many_blocks", 2, 4100, 4),
+    Case("not_wanted", 2, 900, 3, wanted=False),
     # Too slow for an interpreter: the kernel on a GPU, and XLA.
-    _case("llama_3", 16, LLAMA_3, 20, "gpu"),
-    _case("smollm2", 5, SMOLLM2, 20, "gpu", ties=True),
-    _case("gpt_2", 5, GPT_2, 3, "gpu"),
+    Case("llama_3", 16, LLAMA_3, 20, tags="gpu"),
+    Case("smollm2", 5, SMOLLM2, 20, tags="gpu", ties=True),
+    Case("gpt_2", 5, GPT_2, 3, tags="gpu"),
     # What the H200 is measured on.
     *(
-        _case(f"{name}_b{rows}", rows, LLAMA_3, top, "bench", wanted=wanted)
+        Case(f"{name}_b{rows}", rows, LLAMA_3, top, tags="bench", wanted=wanted)
         for rows in (1, 64, 256)
         for name, top, wanted in (("not_wanted", 20, False), ("top_20", 20, True))
     ),

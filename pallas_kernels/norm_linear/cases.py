@@ -1,6 +1,6 @@
 """Norm and matrix product: the named shapes that tests and benchmarks run, and the float64 formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
@@ -9,27 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
+
 # Largest difference in one element, relative to 1 + |expected|: the roundings of the sum, of the
 # norm, of the products and of the activation, each of them a number near 1.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 4e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """`tokens` rows of the residual stream times a weight `[..., K]`."""
 
-    name: str
-    tags: frozenset[str]
     tokens: int
     weight: tuple[int, ...]
+    _: dataclasses.KW_ONLY
     gated: bool = False
     bias: bool = False
-    dtype: str = "bfloat16"
-    race_detection: bool = False
-
-
-def _case(name: str, tokens: int, weight: tuple[int, ...], tags: str = "ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), tokens, weight, **more)
 
 
 LLAMA_8B_QKV = (8, 768, 4096)
@@ -37,25 +32,25 @@ LLAMA_8B_MLP = (1, 2, 14336, 4096)
 QWEN3_06B_MLP = (1, 2, 3072, 1024)
 
 CASES = (
-    _case("b1_qkv", 1, (2, 12, 1024), race_detection=True),
-    _case("b1_mlp", 1, (1, 2, 40, 1024), gated=True, race_detection=True),
-    _case("b1_mlp_two_shards", 1, (2, 2, 12, 512), gated=True),
-    _case("b1_llama_8b", 1, (1056, 4096)),  # more than one step a thread block
-    _case("b1_llama_70b", 1, (6, 8192)),
-    _case("b1_llama_70b_mlp", 1, (1, 2, 4, 8192), gated=True),
-    _case("b1_smollm2", 1, (3, 24, 576)),
-    _case("b1_fp16", 1, (1, 2, 8, 2048), gated=True, dtype="float16"),
-    _case("b1_fp32", 1, (24, 1024), dtype="float32"),
-    _case("b1_bias", 1, (24, 1024), bias=True),
-    _case("b1_odd_rows", 1, (7, 256)),
-    _case("b2_mlp", 2, (1, 2, 24, 1024), gated=True),
-    _case("b3_bias", 3, (2, 2, 16, 576), gated=True, bias=True),
-    _case("hidden_100", 1, (8, 100)),
-    _case("b1_llama_8b_qkv", 1, LLAMA_8B_QKV, "bench"),
-    _case("b1_llama_8b_mlp", 1, LLAMA_8B_MLP, "bench", gated=True),
-    _case("b1_qwen3_06b_mlp", 1, QWEN3_06B_MLP, "bench", gated=True),
-    _case("b64_llama_8b_mlp", 64, LLAMA_8B_MLP, "bench", gated=True),
-    _case("b256_llama_8b_mlp", 256, LLAMA_8B_MLP, "bench", gated=True),
+    Case("b1_qkv", 1, (2, 12, 1024), race_detection=True),
+    Case("b1_mlp", 1, (1, 2, 40, 1024), gated=True, race_detection=True),
+    Case("b1_mlp_two_shards", 1, (2, 2, 12, 512), gated=True),
+    Case("b1_llama_8b", 1, (1056, 4096)),  # more than one step a thread block
+    Case("b1_llama_70b", 1, (6, 8192)),
+    Case("b1_llama_70b_mlp", 1, (1, 2, 4, 8192), gated=True),
+    Case("b1_smollm2", 1, (3, 24, 576)),
+    Case("b1_fp16", 1, (1, 2, 8, 2048), gated=True, dtype="float16"),
+    Case("b1_fp32", 1, (24, 1024), dtype="float32"),
+    Case("b1_bias", 1, (24, 1024), bias=True),
+    Case("b1_odd_rows", 1, (7, 256)),
+    Case("b2_mlp", 2, (1, 2, 24, 1024), gated=True),
+    Case("b3_bias", 3, (2, 2, 16, 576), gated=True, bias=True),
+    Case("hidden_100", 1, (8, 100)),
+    Case("b1_llama_8b_qkv", 1, LLAMA_8B_QKV, tags="bench"),
+    Case("b1_llama_8b_mlp", 1, LLAMA_8B_MLP, tags="bench", gated=True),
+    Case("b1_qwen3_06b_mlp", 1, QWEN3_06B_MLP, tags="bench", gated=True),
+    Case("b64_llama_8b_mlp", 64, LLAMA_8B_MLP, tags="bench", gated=True),
+    Case("b256_llama_8b_mlp", 256, LLAMA_8B_MLP, tags="bench", gated=True),
 )
 
 
@@ -85,13 +80,7 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, 
     return x, product.reshape(case.tokens, -1)
 
 
-def comparable(case: Case, output: tuple, arguments: tuple) -> tuple[np.ndarray, ...]:
-    """Return both outputs as float64; all of them must be finite."""
-    del arguments
-    arrays = tuple(np.asarray(array).astype(np.float64) for array in output)
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise AssertionError(f"{case.name}: not finite")
-    return arrays
+comparable = cases.finite
 
 
 def following(arguments: tuple, output: tuple) -> tuple:

@@ -1,14 +1,16 @@
 """Paged attention: the named shapes that tests and benchmarks run, and the float64 formula.
 
-`tests/kernels/test_kernels.py` and `benchmarks/kernels.py` read `CASES`, `TOLERANCE`, `inputs`,
-`expected`, `comparable`, `following` and `cost` of every operation's `cases.py`.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from arctic_jax.pallas_kernels import cases
 
 LAYER = 1  # of the two that the caches have
 
@@ -18,29 +20,22 @@ TOLERANCE = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """One batch: heads of a model (or of its shard), and `(queries, tokens in the cache)` pairs."""
 
-    name: str
-    tags: frozenset[str]
     heads: int
     kv_heads: int
     head_dim: int
-    sequences: tuple[tuple[int, int], ...]
+    sequences: Sequence[tuple[int, int]]
+    _: dataclasses.KW_ONLY
     block_size: int = 64
-    dtype: str = "bfloat16"
     sliding_window: int | None = None
     soft_cap: float | None = None
     padding_rows: int = 0  # rows of q past the last sequence
     max_query_len: int | None = None  # None: the longest there is
     max_model_len: int = 0  # the block tables are this wide, in tokens, if not wider
-    race_detection: bool = False  # small enough for the interpreter to look for races
     drafts: tuple[tuple[int, ...], ...] = ()
     """Of each sequence the parents of its last tokens, if they are a draft that is a tree."""
-
-
-def _case(name: str, heads: tuple[int, int, int], sequences, tags: str = "ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), *heads, tuple(sequences), **more)
 
 
 # (query heads, key/value heads, head_dim) of a model, or of one of its tensor-parallel shards
@@ -68,107 +63,107 @@ LONG_TREE = (*range(-1, 15), 9, *range(16, 30))  # 31 tokens, two branches after
 
 CASES = (
     # One query a sequence.
-    _case("decode_llama_8b", LLAMA_8B_TP4, [(1, 200), (1, 1), (0, 0), (1, 64)]),
-    _case("decode_smollm2", SMOLLM2_135M, [(1, 65), (1, 130)], race_detection=True),
-    _case("decode_smollm2_fp32", SMOLLM2_135M, [(1, 65), (1, 130)], dtype="float32"),
-    _case("decode_qwen3_fp16", QWEN3_06B_TP4, [(1, 129)], dtype="float16", race_detection=True),
-    _case("decode_mqa", GEMMA_2B, [(1, 70), (0, 0)]),
-    _case("decode_window", LLAMA_70B_TP8, [(1, 300), (1, 40)], sliding_window=70),
-    _case("decode_gemma2", GEMMA2_9B_TP4, [(1, 150)], sliding_window=64, soft_cap=5.0),
-    _case("decode_block16", LLAMA_70B_TP8, [(1, 50), (1, 147)], block_size=16),
-    _case("decode_block32", SMOLLM2_135M, [(1, 97)], block_size=32),
-    _case("decode_head_dim_96", PHI3_MINI_TP16, [(1, 100), (1, 3)]),
-    _case("decode_long", LLAMA_70B_TP8, [(1, 1500)]),
+    Case("decode_llama_8b", *LLAMA_8B_TP4, [(1, 200), (1, 1), (0, 0), (1, 64)]),
+    Case("decode_smollm2", *SMOLLM2_135M, [(1, 65), (1, 130)], race_detection=True),
+    Case("decode_smollm2_fp32", *SMOLLM2_135M, [(1, 65), (1, 130)], dtype="float32"),
+    Case("decode_qwen3_fp16", *QWEN3_06B_TP4, [(1, 129)], dtype="float16", race_detection=True),
+    Case("decode_mqa", *GEMMA_2B, [(1, 70), (0, 0)]),
+    Case("decode_window", *LLAMA_70B_TP8, [(1, 300), (1, 40)], sliding_window=70),
+    Case("decode_gemma2", *GEMMA2_9B_TP4, [(1, 150)], sliding_window=64, soft_cap=5.0),
+    Case("decode_block16", *LLAMA_70B_TP8, [(1, 50), (1, 147)], block_size=16),
+    Case("decode_block32", *SMOLLM2_135M, [(1, 97)], block_size=32),
+    Case("decode_head_dim_96", *PHI3_MINI_TP16, [(1, 100), (1, 3)]),
+    Case("decode_long", *LLAMA_70B_TP8, [(1, 1500)]),
     # Contexts that thread blocks share, some of which find nothing to do.
-    _case("splits_llama_8b", LLAMA_8B_TP4, [(1, 600), (0, 0), (1, 1)], max_model_len=1024),
-    _case("splits_gemma2", GEMMA2_9B_TP4, [(1, 530)], sliding_window=200, soft_cap=5.0),
-    _case("splits_smollm2", SMOLLM2_135M, [(1, 70)], max_model_len=512, race_detection=True),
-    _case(
+    Case("splits_llama_8b", *LLAMA_8B_TP4, [(1, 600), (0, 0), (1, 1)], max_model_len=1024),
+    Case("splits_gemma2", *GEMMA2_9B_TP4, [(1, 530)], sliding_window=200, soft_cap=5.0),
+    Case("splits_smollm2", *SMOLLM2_135M, [(1, 70)], max_model_len=512, race_detection=True),
+    Case(
         "splits_verify",
-        LLAMA_8B_TP4,
+        *LLAMA_8B_TP4,
         [(4, 600), (2, 66), (0, 0), (1, 1)],
         max_model_len=1024,
         padding_rows=3,
     ),
-    _case("splits_verify_mqa", (20, 1, 64), [(3, 300)], max_model_len=1024, race_detection=True),
+    Case("splits_verify_mqa", *(20, 1, 64), [(3, 300)], max_model_len=1024, race_detection=True),
     # A few queries a sequence: the verification of drafts.
-    _case("verify_llama_8b", LLAMA_8B_TP4, [(4, 200), (2, 66), (0, 0), (1, 1)], padding_rows=3),
-    _case("verify_smollm2", SMOLLM2_135M, [(3, 65), (1, 90)], race_detection=True),
-    _case("verify_window", LLAMA_70B_TP8, [(5, 150)], sliding_window=3),
+    Case("verify_llama_8b", *LLAMA_8B_TP4, [(4, 200), (2, 66), (0, 0), (1, 1)], padding_rows=3),
+    Case("verify_smollm2", *SMOLLM2_135M, [(3, 65), (1, 90)], race_detection=True),
+    Case("verify_window", *LLAMA_70B_TP8, [(5, 150)], sliding_window=3),
     # The verification of drafts that are trees.
-    _case("tree_llama_8b", LLAMA_8B_TP4, [(8, 130), (4, 66), (0, 0), (1, 1)], drafts=TREES),
-    _case("tree_smollm2", SMOLLM2_135M, [(5, 66)], drafts=((-1, 0, 0, -1),), race_detection=True),
-    _case(
+    Case("tree_llama_8b", *LLAMA_8B_TP4, [(8, 130), (4, 66), (0, 0), (1, 1)], drafts=TREES),
+    Case("tree_smollm2", *SMOLLM2_135M, [(5, 66)], drafts=((-1, 0, 0, -1),), race_detection=True),
+    Case(
         "tree_window",
-        (2, 1, 64),
+        *(2, 1, 64),
         [(32, 100), (2, 40)],
         sliding_window=33,
         drafts=(LONG_TREE, (-1,)),
     ),
-    _case("splits_tree", (4, 1, 64), [(8, 300), (1, 9)], max_model_len=1024, drafts=TREES[:1]),
-    _case(
+    Case("splits_tree", *(4, 1, 64), [(8, 300), (1, 9)], max_model_len=1024, drafts=TREES[:1]),
+    Case(
         "tree_narrowed",
-        SMOLLM2_135M,
+        *SMOLLM2_135M,
         [(1, 100), (1, 65), (0, 0)],
         sliding_window=34,
         drafts=(LONG_TREE, (-1, 0, -1)),
     ),
-    _case(
+    Case(
         "mixed_tree",
-        (2, 1, 64),
+        *(2, 1, 64),
         [(100, 130), (8, 70), (1, 9), (32, 45)],
         drafts=((), TREES[0], (), LONG_TREE),
         padding_rows=5,
     ),
-    _case(
+    Case(
         "mixed_tree_window",
-        (2, 1, 64),
+        *(2, 1, 64),
         [(120, 120), (32, 70)],
         sliding_window=40,
         drafts=((), LONG_TREE),
         race_detection=True,
     ),
     # Prompt chunks, alone and beside decode rows.
-    _case("prefill_llama_70b", (4, 1, 128), [(200, 200)]),
-    _case("prefill_smollm2", SMOLLM2_135M, [(70, 70)], padding_rows=58, race_detection=True),
-    _case("prefill_history", (4, 2, 128), [(100, 300)]),
-    _case(
+    Case("prefill_llama_70b", *(4, 1, 128), [(200, 200)]),
+    Case("prefill_smollm2", *SMOLLM2_135M, [(70, 70)], padding_rows=58, race_detection=True),
+    Case("prefill_history", *(4, 2, 128), [(100, 300)]),
+    Case(
         "mixed_llama_70b",
-        (4, 1, 128),
+        *(4, 1, 128),
         [(1, 90), (70, 200), (0, 0), (1, 1), (130, 130), (3, 64)],
         padding_rows=19,
     ),
-    _case("mixed_smollm2_block16", SMOLLM2_135M, [(20, 33), (1, 18), (66, 66)], block_size=16),
+    Case("mixed_smollm2_block16", *SMOLLM2_135M, [(20, 33), (1, 18), (66, 66)], block_size=16),
     # More tiles than thread blocks for a head.
-    _case("mixed_many_chunks", (2, 1, 64), [(40, 40)] + [(3, 30 + i) for i in range(16)]),
-    _case("prefill_gemma2", GEMMA2_9B_TP4, [(90, 140)], sliding_window=40, soft_cap=5.0),
-    _case("prefill_fp16", (2, 1, 128), [(65, 65)], dtype="float16"),
-    _case("prefill_window", (2, 1, 64), [(300, 300)], sliding_window=64),
-    _case("prefill_fp32", SMOLLM2_135M, [(70, 90), (1, 5)], dtype="float32"),
+    Case("mixed_many_chunks", *(2, 1, 64), [(40, 40)] + [(3, 30 + i) for i in range(16)]),
+    Case("prefill_gemma2", *GEMMA2_9B_TP4, [(90, 140)], sliding_window=40, soft_cap=5.0),
+    Case("prefill_fp16", *(2, 1, 128), [(65, 65)], dtype="float16"),
+    Case("prefill_window", *(2, 1, 64), [(300, 300)], sliding_window=64),
+    Case("prefill_fp32", *SMOLLM2_135M, [(70, 90), (1, 5)], dtype="float32"),
     # What the H200 is measured on.
-    _case("decode_llama_8b_b64_2k", LLAMA_8B, [(1, 2048)] * 64, "bench"),
-    _case("decode_llama_8b_b1_1k", LLAMA_8B, [(1, 1024)], "bench", max_model_len=131072),
-    _case("decode_llama_8b_b1_4k", LLAMA_8B, [(1, 4096)], "bench", max_model_len=131072),
-    _case("decode_llama_8b_b1_32k", LLAMA_8B, [(1, 32768)], "bench", max_model_len=131072),
-    _case("decode_llama_8b_b16_1k", LLAMA_8B, [(1, 1024)] * 16, "bench", max_model_len=131072),
-    _case("decode_llama_8b_b16_8k", LLAMA_8B, [(1, 8192)] * 16, "bench"),
-    _case("decode_llama_8b_b256_1k", LLAMA_8B, [(1, 1024)] * 256, "bench"),
-    _case("decode_llama_8b_ragged", LLAMA_8B, _ragged(64, 100, 6000), "bench"),
-    _case("decode_llama_8b_block16", LLAMA_8B, [(1, 2048)] * 64, "bench", block_size=16),
-    _case("decode_qwen3_32b_b64_2k", QWEN3_32B, [(1, 2048)] * 64, "bench"),
-    _case("decode_llama_70b_tp8", LLAMA_70B_TP8, [(1, 4096)] * 64, "bench"),
-    _case("decode_smollm2_b128_2k", SMOLLM2_135M, [(1, 2048)] * 128, "bench"),
-    _case("decode_gemma2_9b", GEMMA2_9B, [(1, 4096)] * 32, "bench", soft_cap=50.0),
-    _case("verify_llama_8b_k3", LLAMA_8B, [(4, 2048)] * 64, "bench"),
-    _case("verify_llama_8b_k7", LLAMA_8B, [(8, 2048)] * 64, "bench"),
-    _case("tree_llama_8b_k7", LLAMA_8B, [(8, 2048)] * 64, "bench", drafts=TREES[:1] * 64),
-    _case("prefill_llama_8b_8k", LLAMA_8B, [(8192, 8192)], "bench"),
-    _case("prefill_llama_8b_1k", LLAMA_8B, [(1024, 1024)] + [(0, 0)] * 255, "bench"),
-    _case("prefill_llama_8b_8x1k", LLAMA_8B, [(1024, 1024)] * 8 + [(0, 0)] * 248, "bench"),
-    _case("prefill_llama_8b_4x2k", LLAMA_8B, [(2048, 2048)] * 4, "bench"),
-    _case("prefill_llama_8b_history", LLAMA_8B, [(2048, 32768)], "bench"),
-    _case("prefill_smollm2_8k", SMOLLM2_135M, [(8192, 8192)], "bench"),
-    _case("mixed_llama_8b", LLAMA_8B, [(1, 2048)] * 63 + [(2048, 4096)], "bench"),
+    Case("decode_llama_8b_b64_2k", *LLAMA_8B, [(1, 2048)] * 64, tags="bench"),
+    Case("decode_llama_8b_b1_1k", *LLAMA_8B, [(1, 1024)], tags="bench", max_model_len=131072),
+    Case("decode_llama_8b_b1_4k", *LLAMA_8B, [(1, 4096)], tags="bench", max_model_len=131072),
+    Case("decode_llama_8b_b1_32k", *LLAMA_8B, [(1, 32768)], tags="bench", max_model_len=131072),
+    Case("decode_llama_8b_b16_1k", *LLAMA_8B, [(1, 1024)] * 16, tags="bench", max_model_len=131072),
+    Case("decode_llama_8b_b16_8k", *LLAMA_8B, [(1, 8192)] * 16, tags="bench"),
+    Case("decode_llama_8b_b256_1k", *LLAMA_8B, [(1, 1024)] * 256, tags="bench"),
+    Case("decode_llama_8b_ragged", *LLAMA_8B, _ragged(64, 100, 6000), tags="bench"),
+    Case("decode_llama_8b_block16", *LLAMA_8B, [(1, 2048)] * 64, tags="bench", block_size=16),
+    Case("decode_qwen3_32b_b64_2k", *QWEN3_32B, [(1, 2048)] * 64, tags="bench"),
+    Case("decode_llama_70b_tp8", *LLAMA_70B_TP8, [(1, 4096)] * 64, tags="bench"),
+    Case("decode_smollm2_b128_2k", *SMOLLM2_135M, [(1, 2048)] * 128, tags="bench"),
+    Case("decode_gemma2_9b", *GEMMA2_9B, [(1, 4096)] * 32, tags="bench", soft_cap=50.0),
+    Case("verify_llama_8b_k3", *LLAMA_8B, [(4, 2048)] * 64, tags="bench"),
+    Case("verify_llama_8b_k7", *LLAMA_8B, [(8, 2048)] * 64, tags="bench"),
+    Case("tree_llama_8b_k7", *LLAMA_8B, [(8, 2048)] * 64, tags="bench", drafts=TREES[:1] * 64),
+    Case("prefill_llama_8b_8k", *LLAMA_8B, [(8192, 8192)], tags="bench"),
+    Case("prefill_llama_8b_1k", *LLAMA_8B, [(1024, 1024)] + [(0, 0)] * 255, tags="bench"),
+    Case("prefill_llama_8b_8x1k", *LLAMA_8B, [(1024, 1024)] * 8 + [(0, 0)] * 248, tags="bench"),
+    Case("prefill_llama_8b_4x2k", *LLAMA_8B, [(2048, 2048)] * 4, tags="bench"),
+    Case("prefill_llama_8b_history", *LLAMA_8B, [(2048, 32768)], tags="bench"),
+    Case("prefill_smollm2_8k", *SMOLLM2_135M, [(8192, 8192)], tags="bench"),
+    Case("mixed_llama_8b", *LLAMA_8B, [(1, 2048)] * 63 + [(2048, 4096)], tags="bench"),
 )
 
 

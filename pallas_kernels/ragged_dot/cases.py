@@ -1,6 +1,6 @@
 """Grouped product: the named shapes that tests and benchmarks run, and the float64 formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
@@ -9,26 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
+
 # Largest difference in one element, relative to 1 + |expected|: one rounding of numbers near 1.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.2e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """Groups of rows times `[N, K]` matrices."""
 
-    name: str
-    tags: frozenset[str]
     group_sizes: tuple[int, ...]
     N: int
     K: int
+    _: dataclasses.KW_ONLY
     rows_of_none: int = 0  # past the last group
-    dtype: str = "bfloat16"
-    race_detection: bool = False
-
-
-def _case(name: str, group_sizes, N: int, K: int, tags: str = "ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), tuple(group_sizes), N, K, **more)
 
 
 def _routed(tokens: int, top_k: int, experts: int) -> tuple[int, ...]:
@@ -41,19 +36,19 @@ def _routed(tokens: int, top_k: int, experts: int) -> tuple[int, ...]:
 QWEN3_30B = {"gate_up": (1536, 2048), "down": (2048, 768)}
 
 CASES = (
-    _case("one_row", (0, 1, 0), 64, 64, race_detection=True),
-    _case("groups_within_a_tile", (3, 0, 5, 1), 128, 128),
-    _case("groups_across_tiles", (70, 0, 1, 63, 10), 64, 128, race_detection=True),
-    _case("whole_tiles", (64, 128, 0), 64, 64),
-    _case("rows_of_no_group", (5, 0, 66), 64, 128, rows_of_none=60),
-    _case("no_row_of_any_group", (0, 0), 64, 64, rows_of_none=9),
-    _case("all_in_the_last_group", (0, 0, 0, 77), 64, 64),
-    _case("large_tiles", (200, 56), 128, 192),
-    _case("fp16", (9, 2), 64, 64, dtype="float16"),
-    _case("fp32", (9, 0, 2), 64, 64, dtype="float32"),
-    _case("odd_sizes", (2, 3), 40, 24),
+    Case("one_row", (0, 1, 0), 64, 64, race_detection=True),
+    Case("groups_within_a_tile", (3, 0, 5, 1), 128, 128),
+    Case("groups_across_tiles", (70, 0, 1, 63, 10), 64, 128, race_detection=True),
+    Case("whole_tiles", (64, 128, 0), 64, 64),
+    Case("rows_of_no_group", (5, 0, 66), 64, 128, rows_of_none=60),
+    Case("no_row_of_any_group", (0, 0), 64, 64, rows_of_none=9),
+    Case("all_in_the_last_group", (0, 0, 0, 77), 64, 64),
+    Case("large_tiles", (200, 56), 128, 192),
+    Case("fp16", (9, 2), 64, 64, dtype="float16"),
+    Case("fp32", (9, 0, 2), 64, 64, dtype="float32"),
+    Case("odd_sizes", (2, 3), 40, 24),
     *(
-        _case(f"qwen3_30b_{part}_{tokens}", _routed(tokens, 8, 128), *shape, "bench")
+        Case(f"qwen3_30b_{part}_{tokens}", _routed(tokens, 8, 128), *shape, tags="bench")
         for part, shape in QWEN3_30B.items()
         for tokens in (1, 16, 256, 8192)
     ),

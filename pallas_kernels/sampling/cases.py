@@ -1,14 +1,16 @@
 """Sampling: the named shapes that tests and benchmarks run, and the float64 formula, which sorts.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
 from arctic_jax.pallas_kernels.sampling.reference import IN_PROMPT
 
 TOLERANCE = {"float32": 0.0}  # tokens, not numbers
@@ -38,21 +40,15 @@ class Params:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """Rows of normal logits, with deviation `spread`; in quarters if there shall be ties."""
 
-    name: str
-    tags: frozenset[str]
     vocab: int
-    rows: tuple[Params, ...]
+    rows: Sequence[Params]
+    _: dataclasses.KW_ONLY
     spread: float = 3.0
     ties: bool = False
     dtype: str = "float32"
-    race_detection: bool = False  # small enough for the interpreter to look for races
-
-
-def _case(name: str, vocab: int, rows, tags: str = "ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), vocab, tuple(rows), **more)
 
 
 GREEDY, WARM = Params(), Params(temperature=0.8)
@@ -100,20 +96,20 @@ DAMAGED = (
 )
 
 CASES = (
-    _case("tiny_vocab", 12, MIXED, ties=True),
-    _case("odd_vocab", 1301, MIXED, race_detection=True),
-    _case("even_vocab", 2050, MIXED),
-    _case("ties", 700, [dataclasses.replace(p, state_row=-1) for p in MIXED], ties=True),
-    _case("extremes", 1300, EXTREMES),
-    _case("damaged", 900, DAMAGED),
-    _case("many_blocks", 4100, [Params(temperature=1.0, top_k=20, top_p=0.8), GREEDY]),
+    Case("tiny_vocab", 12, MIXED, ties=True),
+    Case("odd_vocab", 1301, MIXED, race_detection=True),
+    Case("even_vocab", 2050, MIXED),
+    Case("ties", 700, [dataclasses.replace(p, state_row=-1) for p in MIXED], ties=True),
+    Case("extremes", 1300, EXTREMES),
+    Case("damaged", 900, DAMAGED),
+    Case("many_blocks", 4100, [Params(temperature=1.0, top_k=20, top_p=0.8), GREEDY]),
     # Too slow for an interpreter: the kernel on a GPU, and XLA.
-    _case("llama_3", LLAMA_3, MIXED * 4, "gpu"),
-    _case("smollm2", SMOLLM2, MIXED * 2 + EXTREMES, "gpu"),
-    _case("gpt_2", GPT_2, MIXED * 2 + DAMAGED, "gpu"),
+    Case("llama_3", LLAMA_3, MIXED * 4, tags="gpu"),
+    Case("smollm2", SMOLLM2, MIXED * 2 + EXTREMES, tags="gpu"),
+    Case("gpt_2", GPT_2, MIXED * 2 + DAMAGED, tags="gpu"),
     # What the H200 is measured on.
     *(
-        _case(f"{name}_b{rows}", LLAMA_3, [params] * rows, "bench")
+        Case(f"{name}_b{rows}", LLAMA_3, [params] * rows, tags="bench")
         for rows in (1, 64, 256)
         for name, params in (
             ("greedy", GREEDY),

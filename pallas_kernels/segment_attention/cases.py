@@ -1,6 +1,6 @@
 """Segment attention: the named shapes that tests and benchmarks run, and the float64 formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark.
+`pallas_kernels/cases.py` says what each name is for.
 """
 
 import dataclasses
@@ -10,25 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
+
 # Largest difference in one element, relative to 1 + |expected|: the roundings of the weights and
 # of the output; values are near 1.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """Windows that hold segments of the lengths given, one after another, and padding."""
 
-    name: str
-    tags: frozenset[str]
     windows: tuple[tuple[int, ...], ...]
     window: int
     heads: int
     head_dim: int
-    dtype: str = "bfloat16"
+    _: dataclasses.KW_ONLY
     kv_heads: int | None = None
     causal: bool = False
-    race_detection: bool = False
 
     @property
     def num_kv_heads(self) -> int:
@@ -39,10 +38,6 @@ class Case:
     def tokens(self) -> int:
         """T."""
         return len(self.windows) * self.window
-
-
-def _case(name, windows, window, heads, head_dim, tags="ci", **more) -> Case:
-    return Case(name, frozenset(tags.split()), windows, window, heads, head_dim, **more)
 
 
 def _mixed(windows: int, window: int) -> tuple[tuple[int, ...], ...]:
@@ -60,22 +55,22 @@ def _mixed(windows: int, window: int) -> tuple[tuple[int, ...], ...]:
 
 
 CASES = (
-    _case("minilm_one_token", ((1,),), 16, 12, 32, dtype="float32"),
-    _case("minilm_full_window", ((64,), (64,)), 64, 2, 32),
-    _case("minilm_mixed", ((100, 20, 8), (1, 3, 90), (128,)), 128, 12, 32, dtype="float32"),
-    _case("arctic_m_mixed", ((50, 50, 20), (7, 64)), 128, 3, 64, race_detection=True),
-    _case("arctic_m_512", ((512,),), 512, 1, 64, dtype="float16"),
-    _case("long_among_short", ((10, 300, 60, 1), (384,)), 384, 1, 64),
-    _case("head_dim_8", ((5, 6), (11,)), 16, 3, 8, dtype="float32"),
-    _case("causal", ((30, 20, 8), (64,)), 64, 4, 16, dtype="float32", causal=True),
-    _case("qwen3_embedding", ((70, 50), (1, 127)), 128, 2, 128, kv_heads=1, causal=True),
-    _case("causal_long", ((256,),), 256, 1, 64, causal=True),
-    _case("arctic_m_50", ((50,) * 10,) * 64, 512, 12, 64, "bench"),
-    _case("arctic_m_50_narrow", ((50,),) * 640, 64, 12, 64, "bench"),
-    _case("arctic_m_512_full", ((512,),) * 64, 512, 12, 64, "bench"),
-    _case("arctic_m_lognormal", _mixed(64, 512), 512, 12, 64, "bench"),
-    _case("minilm_256", ((256,),) * 128, 256, 12, 32, "bench"),
-    _case("qwen3_512", ((512,),) * 16, 512, 16, 128, "bench", kv_heads=8, causal=True),
+    Case("minilm_one_token", ((1,),), 16, 12, 32, dtype="float32"),
+    Case("minilm_full_window", ((64,), (64,)), 64, 2, 32),
+    Case("minilm_mixed", ((100, 20, 8), (1, 3, 90), (128,)), 128, 12, 32, dtype="float32"),
+    Case("arctic_m_mixed", ((50, 50, 20), (7, 64)), 128, 3, 64, race_detection=True),
+    Case("arctic_m_512", ((512,),), 512, 1, 64, dtype="float16"),
+    Case("long_among_short", ((10, 300, 60, 1), (384,)), 384, 1, 64),
+    Case("head_dim_8", ((5, 6), (11,)), 16, 3, 8, dtype="float32"),
+    Case("causal", ((30, 20, 8), (64,)), 64, 4, 16, dtype="float32", causal=True),
+    Case("qwen3_embedding", ((70, 50), (1, 127)), 128, 2, 128, kv_heads=1, causal=True),
+    Case("causal_long", ((256,),), 256, 1, 64, causal=True),
+    Case("arctic_m_50", ((50,) * 10,) * 64, 512, 12, 64, tags="bench"),
+    Case("arctic_m_50_narrow", ((50,),) * 640, 64, 12, 64, tags="bench"),
+    Case("arctic_m_512_full", ((512,),) * 64, 512, 12, 64, tags="bench"),
+    Case("arctic_m_lognormal", _mixed(64, 512), 512, 12, 64, tags="bench"),
+    Case("minilm_256", ((256,),) * 128, 256, 12, 32, tags="bench"),
+    Case("qwen3_512", ((512,),) * 16, 512, 16, 128, tags="bench", kv_heads=8, causal=True),
 )
 
 

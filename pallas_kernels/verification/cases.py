@@ -1,14 +1,16 @@
 """Verification: the named shapes that tests and benchmarks run, and the float64 formula.
 
-The same names as in `paged_attention/cases.py`, read by the same test and the same benchmark. The
-formula draws one token after the other, as an engine without drafts does.
+`pallas_kernels/cases.py` says what each name is for. The formula draws one token after the other,
+as an engine without drafts does.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
+from arctic_jax.pallas_kernels import cases
 from arctic_jax.pallas_kernels.sampling import cases as sampling_cases
 from arctic_jax.pallas_kernels.sampling.cases import ADJUSTED, GREEDY, TOP_K_TOP_P, WARM, Params
 
@@ -45,19 +47,16 @@ class Chain:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """Chains, one after the other; drafts repeat tokens where `vocab` allows it."""
+class Case(cases.Case):
+    """Chains, one after the other; drafts repeat tokens where `vocab` allows it.
 
-    name: str
-    tags: frozenset[str]
+    Races are looked for in `sampling`, whose kernel it is.
+    """
+
     vocab: int
-    chains: tuple[Chain, ...]
+    chains: Sequence[Chain]
+    _: dataclasses.KW_ONLY
     dtype: str = "float32"
-    race_detection: bool = False  # it is the kernel of `sampling`, where this is looked for
-
-
-def _case(name: str, vocab: int, chains, tags: str = "ci") -> Case:
-    return Case(name, frozenset(tags.split()), vocab, tuple(chains))
 
 
 COUNTED = dataclasses.replace(ADJUSTED, temperature=0.0, frequency_penalty=8.0)
@@ -89,17 +88,17 @@ TREES = (
 )
 
 CASES = (
-    _case("ragged", 1301, RAGGED),
-    _case("repeated_drafts", 12, [Chain(p, 5, likely=5) for p in (COUNTED, BOOSTED) * 8]),
-    _case("damaged", 900, DAMAGED),
-    _case("no_drafts", 700, [Chain(WARM), Chain(COUNTED)]),
-    _case("trees", 1301, (*TREES, *RAGGED[:3])),
-    _case("trees_of_few_tokens", 40, TREES * 4),
+    Case("ragged", 1301, RAGGED),
+    Case("repeated_drafts", 12, [Chain(p, 5, likely=5) for p in (COUNTED, BOOSTED) * 8]),
+    Case("damaged", 900, DAMAGED),
+    Case("no_drafts", 700, [Chain(WARM), Chain(COUNTED)]),
+    Case("trees", 1301, (*TREES, *RAGGED[:3])),
+    Case("trees_of_few_tokens", 40, TREES * 4),
     # Too slow for an interpreter: the kernel on a GPU, and XLA.
-    _case("llama_3", sampling_cases.LLAMA_3, RAGGED * 4, "gpu"),
+    Case("llama_3", sampling_cases.LLAMA_3, RAGGED * 4, tags="gpu"),
     # What the H200 is measured on.
     *(
-        _case(f"{name}_b{requests}_k8", sampling_cases.LLAMA_3, chains * requests, "bench")
+        Case(f"{name}_b{requests}_k8", sampling_cases.LLAMA_3, chains * requests, tags="bench")
         for requests in (1, 16)
         for name, chains in (
             ("greedy", [Chain(GREEDY, 8, likely=8)]),
@@ -113,7 +112,7 @@ def inputs(case: Case, seed: int = 0, poison: float | None = None) -> tuple[tupl
     """Return the arguments of `op.verification`; for `poison` see `sampling`."""
     rows = [chain.params for chain in case.chains for _ in range(1 + chain.length)]
     plain = [dataclasses.replace(params, damage=None) for params in rows]
-    beneath = sampling_cases.Case(case.name, case.tags, case.vocab, tuple(plain))
+    beneath = sampling_cases.Case(case.name, case.vocab, plain)
     arguments, _ = sampling_cases.inputs(beneath, seed, poison)
     rng = np.random.default_rng(seed + 1)
     logits = rng.normal(size=(len(rows), case.vocab)).astype(np.float32) * 3
@@ -148,7 +147,7 @@ def expected(case: Case, arguments: tuple, keywords: dict) -> tuple[np.ndarray, 
         vectors.pop()
     state_row, draft = vectors[0], vectors.pop()
     tokens, finite = np.full(len(logits), -1.0), np.full(len(logits), np.nan)
-    one = sampling_cases.Case(case.name, case.tags, case.vocab, (Params(),))
+    one = sampling_cases.Case(case.name, case.vocab, [Params()])
     begin = 0
     for chain in case.chains:
         for token in range(-1, chain.length):

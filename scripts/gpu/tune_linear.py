@@ -207,7 +207,7 @@ def main() -> None:
     results = []
     for tokens, product in itertools.product(options.tokens, options.products):
         name = f"b{tokens}_{options.model}_{product}"
-        case = cases.Case(name, frozenset(), tokens, **cases.LAYERS[options.model][product])
+        case = cases.Case(name, tokens, **cases.LAYERS[options.model][product])
         arguments = jax.eval_shape(lambda case=case: cases.inputs(case)[0])
         problem = Problem.of(*arguments[:2], case.gated, case.inputs_first)
         candidates = configs(problem, options.most)

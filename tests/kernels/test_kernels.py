@@ -44,7 +44,7 @@ def tagged(*tags):
         pytest.param(operation, case, id=f"{operation}-{case.name}")
         for operation in OPERATIONS
         for case in modules(operation)[2].CASES
-        if case.tags & set(tags)
+        if set(case.tags.split()) & set(tags)
     ]
 
 

@@ -14,15 +14,15 @@ from arctic_jax.pallas_kernels.linear.mosaic_gpu import Config, Problem
 # Steps are more than stages, and neither they nor the tokens are divided by the splits.
 CONFIGS = {
     "split_multicast": (
-        cases.Case("", frozenset(), 48, (256, 448)),
+        cases.Case("", 48, (256, 448)),
         Config(128, 64, 2, splits=2, multicast=2),
     ),
     "gated_warpgroups": (
-        cases.Case("", frozenset(), 16, (1, 2, 128, 384), gated=True),
+        cases.Case("", 16, (1, 2, 128, 384), gated=True),
         Config(128, 128, 2, warpgroups=2),
     ),
     "inputs_first_warpgroups_split": (
-        cases.Case("", frozenset(), 8, (448, 128), inputs_first=True),
+        cases.Case("", 8, (448, 128), inputs_first=True),
         Config(128, 64, 2, splits=3, warpgroups=2),
     ),
 }
@@ -52,7 +52,7 @@ def test_sizes_lower_for_cuda(name):
 
 
 def problem(tokens: int, product: str, model: str = "llama_8b") -> Problem:
-    case = cases.Case("", frozenset(), tokens, **cases.LAYERS[model][product])
+    case = cases.Case("", tokens, **cases.LAYERS[model][product])
     x, weight = jax.eval_shape(lambda: cases.inputs(case)[0])
     return Problem.of(x, weight, case.gated, case.inputs_first)
 
