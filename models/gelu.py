@@ -1,8 +1,7 @@
 """GELU by the error function (Hendrycks and Gimpel 2016). Pure."""
 
-import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 LIMIT = 4.5
 """Beyond it the normal distribution is taken to be 0 or 1; it differs by 4e-6."""
@@ -27,8 +26,8 @@ def gelu(x: Array) -> Array:
     For 16-bit floats a polynomial, whose error of up to 6e-5 in float32 is lost in their rounding:
     the error function of a matrix of activations costs a GPU more than moving the matrix does.
     """
-    if x.dtype.itemsize > 2:
-        return jax.nn.gelu(x, approximate=False)
+    if x.dtype.itemsize > 2:  # not by erfc, as in `jax.nn.gelu`: it takes a CPU three times as long
+        return 0.5 * x * (1 + lax.erf(x * 0.5**0.5))
     wide = x.astype(jnp.float32)
     clipped = jnp.clip(wide, -LIMIT, LIMIT)
     square = clipped * clipped

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 from typing import ClassVar, cast
 
@@ -279,7 +278,7 @@ def test_models_and_env():
 
 
 def test_help_answers_at_once_and_loads_no_jax():
-    """Half a second is the promise; twice that is allowed for a busy machine."""
+    """Half a second is the promise; of the processor's time, as others may use the machine, too."""
     code = (
         "import sys; sys.argv = ['arctic-jax', '--help']\n"
         "from arctic_jax.serving import cli\n"
@@ -290,9 +289,11 @@ def test_help_answers_at_once_and_loads_no_jax():
     )
     seconds = []
     for _ in range(2):
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        user = after.children_user - before.children_user
+        seconds.append(user + after.children_system - before.children_system)
     assert min(seconds) < 1.0
 
 
