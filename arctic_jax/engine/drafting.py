@@ -52,6 +52,10 @@ class Drawn:
         last = jnp.full(num_seqs, -1).at[self.batch.row_seq].max(rows)[:most]
         return jnp.maximum(last, 0), last >= 0
 
+    def positions(self, rows: Array) -> Array:
+        """Return the positions of the tokens that rows of logits belong to."""
+        return self.batch.positions[jnp.maximum(self.batch.logit_rows[rows], 0)]
+
 
 @dataclass(frozen=True)
 class Drafting:
@@ -179,7 +183,7 @@ class ModelDrafting(Drafting):
         """See `Drafting`."""
         (cache,) = caches
         last, draws = drawn.last_rows(self.max_num_seqs)
-        after = drawn.batch.positions[jnp.maximum(drawn.batch.logit_rows[last], 0)]
+        after = drawn.positions(last)
 
         def step(state: tuple[Array, KVCache], ahead: Array) -> tuple[tuple[Array, KVCache], Array]:
             tokens, cache = state

@@ -67,7 +67,7 @@ class SuffixMatching(Drafting):
         last, draws = drawn.last_rows(self.max_num_seqs)
         tables = batch.block_tables[: len(last)]
         texts = cache.ids[tables].reshape(len(last), -1)
-        ends = batch.positions[jnp.maximum(batch.logit_rows[last], 0)] + 1
+        ends = drawn.positions(last) + 1
         drafts = self.continuations(texts, ends, drawn.output.token_ids[last])
         return jnp.where(draws[:, None], drafts, -1), (cache,)
 

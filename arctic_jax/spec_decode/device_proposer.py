@@ -49,7 +49,7 @@ class DeviceProposer(HostProposer):
 
     def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
         """See `Proposer`."""
-        first = scheduled.requests[: self.config.disable_by_batch_size * scheduled.drafts]
+        first = scheduled.requests[: self.config.disable_by_batch_size] if scheduled.drafts else ()
         drafts = output.drafts[: len(first)].tolist()
         self._drafted = {p.request: d for p, d in zip(first, drafts, strict=True) if p.samples}
         for part in scheduled.requests:
