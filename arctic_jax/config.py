@@ -234,6 +234,8 @@ class ParallelConfig:
     """With Ulysses: steps of few tokens split the weights over all devices instead."""
     shift_parallel_threshold: int | None = None
     """Most tokens of such a step; `None`: measured at the first start."""
+    disable_custom_all_reduce: bool = False
+    """Have NCCL sum the results of few tokens over the devices, too."""
     nnodes: int = 1
     """Machines that the devices are spread over, a process each."""
     node_rank: int = 0

@@ -9,6 +9,7 @@ parallelism: Jacobs et al. 2023; shift parallelism: Hidayetoglu et al. 2025).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +20,16 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from arctic_jax.pallas_kernels.all_reduce import all_reduce
+
 Axes = tuple[str, ...]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inboxes"],
+    meta_fields=["name", "tokens", "weights", "devices"],
+)
 @dataclass(frozen=True)
 class MeshLayout:
     """One way to run a step over the mesh. Axes of size one are left out of the tuples.
@@ -31,12 +39,15 @@ class MeshLayout:
         tokens: axes over which the tokens of a step are split between attentions.
         weights: axes over which heads, the feed-forward dimension and experts are split.
         devices: all axes: the vocabulary and the cache's heads are always split over these.
+        inboxes: within a step program, where the devices can write to each other, this device's
+            row of `Inboxes.addresses`.
     """
 
     name: str
     tokens: Axes
     weights: Axes
     devices: Axes
+    inboxes: Array | None = None
 
     def partition(self, axis: str | None) -> PartitionSpec:
         """Where the first dimension of a parameter with this logical axis lies.
@@ -70,15 +81,19 @@ class MeshLayout:
 
     def reduce(self, x: Array) -> Array:
         """Sum the partial results of a product whose contracted dimension is split."""
-        return lax.psum(x, self.weights) if self.weights else x
+        return self._sum(x, self.weights)
 
     def scatter_tokens(self, x: Array) -> Array:
         """Sum `[tokens, d]` over all devices and keep this device's tokens: after the embedding."""
         rest = tuple(axis for axis in self.devices if axis not in self.tokens)
-        x = lax.psum(x, rest) if rest else x
+        x = self._sum(x, rest)
         if self.tokens:
             x = lax.psum_scatter(x, self.tokens, scatter_dimension=0, tiled=True)
         return x
+
+    def _sum(self, x: Array, axes: Axes) -> Array:
+        inboxes = self.inboxes if axes == self.devices else None
+        return all_reduce(x, axes, inboxes) if axes else x
 
     def gather_tokens(self, x: Array) -> Array:
         """`[tokens/SP, d]` to `[tokens, d]`: once, where the batch narrows."""

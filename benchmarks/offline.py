@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--ulysses-sequence-parallel-size", type=int, default=1)
     parser.add_argument("--no-shift-parallel", action="store_true")
+    parser.add_argument("--disable-custom-all-reduce", action="store_true")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--input-len", type=int, default=1024)
     parser.add_argument("--output-len", type=int, default=128)
@@ -74,6 +75,7 @@ def main() -> None:
         tensor_parallel_size=args.tensor_parallel_size,
         ulysses_sequence_parallel_size=args.ulysses_sequence_parallel_size,
         enable_shift_parallel=not args.no_shift_parallel,
+        disable_custom_all_reduce=args.disable_custom_all_reduce,
     )
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),

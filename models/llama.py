@@ -80,7 +80,7 @@ class DecoderLayer(nnx.Module):
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.
-_run_layer = jax.jit(DecoderLayer.__call__, static_argnames=("layout", "narrows"))
+_run_layer = jax.jit(DecoderLayer.__call__, static_argnames="narrows")
 
 
 class LlamaForCausalLM(nnx.Module):

@@ -96,7 +96,7 @@ class UpperLayer(nnx.Module):
         return self.mlp(x, delta, self.mlp_norm, layout)
 
 
-_run_layer = jax.jit(UpperLayer.__call__, static_argnames="layout")  # as in llama.py
+_run_layer = jax.jit(UpperLayer.__call__)  # as in llama.py
 
 
 class UpperKeysValues(nnx.Module):

@@ -95,6 +95,13 @@ def engine_options(
     shift_parallel_threshold: Annotated[
         int | None, _option(help="Most tokens of such a step; by default measured.")
     ] = None,
+    disable_custom_all_reduce: Annotated[
+        bool,
+        _option(
+            "--disable-custom-all-reduce",
+            help="Have NCCL sum the results of few tokens over the devices, too.",
+        ),
+    ] = ParallelConfig.disable_custom_all_reduce,
     nnodes: Annotated[
         int, _option(help="Machines that the devices of one engine are spread over.")
     ] = ParallelConfig.nnodes,

@@ -136,13 +136,14 @@ class ProgramCache:
         layout: MeshLayout,
         bucket: Bucket,
         leaves: Leaves,
+        inboxes: Array | None,
         caches: KVCaches,
         state: SamplerState,
         output: Array,
         packed: np.ndarray,
     ) -> tuple[KVCaches, SamplerState, Array]:
         """Start a step; what it returns are futures."""
-        return self._compiled[layout, bucket](leaves, caches, state, output, packed)
+        return self._compiled[layout, bucket](leaves, inboxes, caches, state, output, packed)
 
     def copy(self, output: Array) -> Array:
         """Copy a step's output to where the host can read it; the next step writes over it."""
@@ -196,7 +197,7 @@ class ProgramCache:
 
     def _load(self, step: Step) -> Compiled | None:
         arguments = self._program.arguments(step, self._mesh)
-        return self._store.load(step, arguments, arguments[1:-1])
+        return self._store.load(step, arguments, self._program.results(step, self._mesh))
 
     @property
     def _on_gpu(self) -> bool:

@@ -43,6 +43,7 @@ from arctic_jax.engine.weight_loading import Placed, WeightLoader
 from arctic_jax.kv_cache import KVCaches, KVCacheSpec, ModelCacheSpec, TokenCacheSpec
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.llama import LlamaForCausalLM
+from arctic_jax.pallas_kernels.all_reduce import Inboxes
 from arctic_jax.progress import Report, counted, silent
 from arctic_jax.request import Request
 from arctic_jax.scheduled_batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
@@ -132,6 +133,7 @@ class ModelRunner:
         self.dtype = _compute_dtype(config.load.dtype, model_config)
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
         self.max_masks = self.max_num_seqs + (self.max_extra_rows if drafts else 0)
+        self.inboxes = self._make_inboxes(config)
         self.leaves, program = self._load(
             config, model_class, checkpoint, drafter, max_rows, report
         )
@@ -288,7 +290,19 @@ class ModelRunner:
             config.scheduler.max_logprobs,
             config.speculative.max_draft_len,
             drafting,
+            has_inboxes=self.inboxes is not None,
         )
+
+    def _make_inboxes(self, config: EngineConfig) -> Inboxes | None:
+        """Let the devices write to each other, where they can and may."""
+        reason = Inboxes.unavailable(self.mesh)
+        if config.parallel.disable_custom_all_reduce or config.load.implementation == "xla":
+            reason = "it is not wanted"
+        if reason is None:
+            return Inboxes(self.mesh)
+        if self.mesh.size > 1:
+            logger.info("No kernel of ours sums over the devices: %s", reason)
+        return None
 
     def _new_packer(self) -> StepPacker:
         return StepPacker(
@@ -313,8 +327,9 @@ class ModelRunner:
 
     def _start(self, layout: MeshLayout, bucket: Bucket, packed: np.ndarray) -> jax.Array:
         """Start a program; return its packed `StepOutput`."""
+        leaves, inboxes = self.leaves[layout], self.inboxes and self.inboxes.addresses
         self.caches, self.state, self._output = self.programs.run(
-            layout, bucket, self.leaves[layout], self.caches, self.state, self._output, packed
+            layout, bucket, leaves, inboxes, self.caches, self.state, self._output, packed
         )
         return self.programs.copy(self._output)
 
@@ -350,6 +365,7 @@ class ModelRunner:
         return CrossoverStore(
             program_store.environment(self.mesh.devices.flatten().tolist()),
             *(self.mesh.shape, self.model_config, self.dtype, self.limits, self.max_model_len),
+            self.inboxes is not None,
         )
 
     def measure_crossover(self, report: Report = silent) -> Crossover:

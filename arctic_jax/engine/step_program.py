@@ -24,11 +24,14 @@ from arctic_jax.engine.drafting import Drafting, Drawn
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.kv_cache import KVCaches, KVCacheSpec
 from arctic_jax.models.llama import LlamaForCausalLM
+from arctic_jax.pallas_kernels.all_reduce.inboxes import addresses_shape
 from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import MeshLayout
 
 Leaves = tuple[Array, ...]
 REPLICATED = PartitionSpec()
+DONATED = (2, 3, 4)
+"""Which arguments of a step are donated: those that it returns."""
 MOVES_A_CALL = 32
 """Tokens that a call of the program that moves them can move."""
 
@@ -51,11 +54,12 @@ class Step(NamedTuple):
 class StepProgram:
     """What all step programs of an engine have in common.
 
-    A step is `step(leaves, caches, state, output, packed) -> (caches, state, output)`, where all
-    but the first and the last argument are donated. `output [max_rows, ...]` is a packed
+    A step is `step(leaves, inboxes, caches, state, output, packed) -> (caches, state, output)`,
+    which donates what it returns. `output [max_rows, ...]` is a packed
     `StepOutput`: as an argument the one of the step before, whose tokens its successor takes before
     the host has seen them. `leaves` is the flat tuple of the parameters, the model's and then the
     drafter's: rebuilding the modules from it happens while the program is traced, not at each call.
+    `inboxes` are `Inboxes.addresses`, or `None`.
 
     Nothing but `packed` lies at another address from step to step. On a GPU a program is a CUDA
     graph, and changed addresses cost as much of the host's time as all the rest of a launch.
@@ -71,6 +75,7 @@ class StepProgram:
         max_logprobs: most likely tokens in it.
         max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
         drafting: how the step drafts, if it does.
+        has_inboxes: whether the devices can write to each other.
     """
 
     model_class: type[LlamaForCausalLM]
@@ -86,6 +91,7 @@ class StepProgram:
     max_logprobs: int
     max_draft_len: int = 0
     drafting: Drafting | None = None
+    has_inboxes: bool = False
 
     def lower(self, step: Step, mesh: Mesh) -> jax.stages.Lowered:
         """Trace and lower a step for the devices of `mesh`."""
@@ -108,12 +114,12 @@ class StepProgram:
     def lower_exported(self, exported: bytes, step: Step, mesh: Mesh) -> jax.stages.Lowered:
         """Make of what `export` returned in another process what `lower` returns in this one."""
         arguments = self.arguments(step, mesh)
-        donated = arguments[1:-1]
+        donated = self.results(step, mesh)
         tree = jax.tree.structure(donated)
         function = jax.export.deserialize(bytearray(exported))
         return jax.jit(
             lambda *values: tree.unflatten(function.call(*jax.tree.leaves(values))),
-            donate_argnums=(1, 2, 3),
+            donate_argnums=DONATED,
             out_shardings=jax.tree.map(lambda value: value.sharding, donated),
         ).lower(*arguments)
 
@@ -128,7 +134,15 @@ class StepProgram:
         shape = (packed_size(step.bucket, self.max_blocks_per_seq),)
         packed = _abstract(shape, jnp.int32, mesh)
         shapes = self.cache.shapes(step.num_blocks, mesh)
-        return leaves, shapes, self.state(mesh), self.output(mesh), packed
+        inboxes = None
+        if self.has_inboxes:
+            shape = addresses_shape(mesh.size)
+            inboxes = _abstract(shape, jnp.int32, mesh, PartitionSpec(mesh.axis_names))
+        return leaves, inboxes, shapes, self.state(mesh), self.output(mesh), packed
+
+    def results(self, step: Step, mesh: Mesh) -> tuple[Any, ...]:
+        """Return a step's abstract results."""
+        return tuple(self.arguments(step, mesh)[i] for i in DONATED)
 
     def state(self, mesh: Mesh) -> SamplerState:
         """Return the abstract state of the sampler."""
@@ -164,19 +178,25 @@ class StepProgram:
         )
 
     def _jitted(self, step: Step, mesh: Mesh) -> Any:
-        return jax.jit(self._function(step, mesh), donate_argnums=(1, 2, 3))
+        return jax.jit(self._function(step, mesh), donate_argnums=DONATED)
 
     def _function(self, step: Step, mesh: Mesh) -> Any:
-        layout, bucket, _ = step
+        plan, bucket, _ = step
         max_draft_len = self.max_draft_len if bucket.num_rows > bucket.num_seqs else 0
         num_drafted = self.num_drafted
         tree = jax.tree.structure(self._modules())
 
         def run(
-            leaves: Leaves, caches: KVCaches, state: SamplerState, before: Array, packed: Array
+            leaves: Leaves,
+            inboxes: Array | None,
+            caches: KVCaches,
+            state: SamplerState,
+            before: Array,
+            packed: Array,
         ) -> tuple[KVCaches, SamplerState, Array]:
             model: LlamaForCausalLM
             model, drafter = jax.tree.unflatten(tree, leaves)
+            layout = dataclasses.replace(plan, inboxes=inboxes)
             cache, *drafter_caches = caches
             batch = unpack(packed, bucket, self.max_blocks_per_seq)
             batch = resolve(batch, before, num_drafted, self.max_draft_len, self.cache.block_size)
@@ -199,10 +219,11 @@ class StepProgram:
             return (cache, *drafter_caches), state, rows
 
         donated = (self.cache.partitions, REPLICATED, REPLICATED)
+        everywhere = PartitionSpec(mesh.axis_names)
         return jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=(self.partitions[layout], *donated, REPLICATED),
+            in_specs=(self.partitions[plan], everywhere, *donated, REPLICATED),
             out_specs=donated,
             check_vma=False,
         )
