@@ -307,7 +307,7 @@ class SchedulerConfig:
     """Tokens of one step, prompts and decode together; `None`: 8192, on a CPU 1024."""
     max_num_mixed_tokens: int | None = None
     """Tokens of one step in which answers are streamed, so that long prompts of others do not
-    stall them; prompts get at least half of it. `None`: 512, on a CPU 256."""
+    stall them; prompts get at least half of it. `None`: 512 for each GPU, on a CPU 256."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_logprobs: int = 20
     step_log: str | None = None
@@ -322,9 +322,14 @@ class SchedulerConfig:
         if self.max_logprobs < 0:
             raise ValueError(f"max_logprobs must not be negative, got {self.max_logprobs}")
 
-    def limits(self, backend: str) -> StepLimits:
-        """Fill in the limits whose default depends on where the engine runs ("cpu", "gpu")."""
-        default = StepLimits(16, 1024, 256) if backend == "cpu" else StepLimits(256, 8192, 512)
+    def limits(self, backend: str, num_devices: int = 1) -> StepLimits:
+        """Fill in the limits whose default depends on where the engine runs ("cpu", "gpu").
+
+        Several GPUs compute as many times the prompt tokens while a stream waits for its next.
+        """
+        default = StepLimits(256, 8192, 512 * num_devices)
+        if backend == "cpu":
+            default = StepLimits(16, 1024, 256)
         given = {f.name: getattr(self, f.name) for f in fields(StepLimits)}
         limits = replace(default, **{name: n for name, n in given.items() if n is not None})
         most = min(limits.max_num_mixed_tokens, limits.max_num_batched_tokens)

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--ulysses-sequence-parallel-size", type=int, default=1)
     parser.add_argument("--no-shift-parallel", action="store_true")
+    parser.add_argument("--shift-parallel-threshold", type=int, default=None)
     parser.add_argument("--disable-custom-all-reduce", action="store_true")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--input-len", type=int, default=1024)
@@ -75,6 +76,7 @@ def main() -> None:
         tensor_parallel_size=args.tensor_parallel_size,
         ulysses_sequence_parallel_size=args.ulysses_sequence_parallel_size,
         enable_shift_parallel=not args.no_shift_parallel,
+        shift_parallel_threshold=args.shift_parallel_threshold,
         disable_custom_all_reduce=args.disable_custom_all_reduce,
     )
     result: dict[str, Any] = {

@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--ulysses-sequence-parallel-size", type=int, default=1)
     parser.add_argument("--no-shift-parallel", action="store_true")
+    parser.add_argument("--shift-parallel-threshold", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rate", type=float, default=5)
     parser.add_argument("--burst", type=int, default=60)
@@ -150,6 +151,7 @@ def main() -> None:
             tensor_parallel_size=args.tensor_parallel_size,
             ulysses_sequence_parallel_size=args.ulysses_sequence_parallel_size,
             enable_shift_parallel=not args.no_shift_parallel,
+            shift_parallel_threshold=args.shift_parallel_threshold,
             enable_prefix_caching=False,
             step_log=str(steps),
         )

@@ -87,6 +87,8 @@ def test_options_of_vllm_without_meaning_are_let_pass(caplog: pytest.LogCaptureF
 def test_limits_depend_on_the_backend_unless_given() -> None:
     assert SchedulerConfig().limits("cpu").max_num_seqs == 16
     assert SchedulerConfig().limits("gpu") == StepLimits(256, 8192, 512)
+    assert SchedulerConfig().limits("gpu", num_devices=4) == StepLimits(256, 8192, 2048)
+    assert SchedulerConfig(max_num_mixed_tokens=512).limits("gpu", 4).max_num_mixed_tokens == 512
     assert SchedulerConfig(max_num_seqs=3).limits("gpu") == StepLimits(3, 8192, 512)
     assert SchedulerConfig(max_num_batched_tokens=64).limits("gpu") == StepLimits(256, 64, 64)
 

@@ -60,7 +60,7 @@ class EngineCore:
     ) -> None:
         _prepare_jax(config)
         multihost.join(config.parallel)
-        limits = config.scheduler.limits(jax.default_backend())
+        limits = config.scheduler.limits(jax.default_backend(), config.parallel.num_devices)
         config = replace(config, speculative=config.speculative.on(jax.default_backend()))
         self.files = files or open_model(config.load, report)
         cls = model_class(self.files.config)

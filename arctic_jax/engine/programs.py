@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from jax.stages import Compiled
 
 from arctic_jax.engine import sampler
@@ -146,8 +146,12 @@ class ProgramCache:
         return self._compiled[layout, bucket](leaves, inboxes, caches, state, output, packed)
 
     def copy(self, output: Array) -> Array:
-        """Copy a step's output to where the host can read it; the next step writes over it."""
-        return self._copy(output)
+        """Copy a step's output to where the host can read it; the next step writes over it.
+
+        It is the same on all devices; what is copied is that of the first one here, because a
+        launch on one costs less of the host's time than one on all.
+        """
+        return self._copy(output.addressable_data(0))
 
     def set_row(
         self, state: SamplerState, row: int, seen: np.ndarray, bias: np.ndarray
@@ -210,7 +214,8 @@ class ProgramCache:
         starts afterwards comes 0.4 to 1 ms later (benchmarks/results/h200/pinned_output.json).
         """
         output = self._program.output(self._mesh)
-        sharding = output.sharding
+        sharding = SingleDeviceSharding(self._mesh.local_devices[0])
+        output = jax.ShapeDtypeStruct(output.shape, output.dtype, sharding=sharding)
         if self._on_gpu:
             sharding = sharding.with_memory_kind("pinned_host")
         return jax.jit(jnp.copy, out_shardings=sharding).lower(output).compile()

@@ -40,9 +40,14 @@ def unsupported(x: jax.ShapeDtypeStruct, num_devices: int) -> str | None:
     size = math.prod(x.shape) * x.dtype.itemsize
     if size % (8 * THREADS):
         return f"{size} bytes are no multiple of {8 * THREADS}"
-    if size // _block_bytes(size, num_devices, best_rounds(x, num_devices)) > memory.BLOCKS:
+    if num_blocks(size, num_devices, best_rounds(x, num_devices)) > memory.BLOCKS:
         return f"{size} bytes are too many for {memory.BLOCKS} thread blocks"
     return None
+
+
+def num_blocks(size: int, num_devices: int, rounds: int) -> int:
+    """Return how many thread blocks sum `size` bytes; an inbox has room for `BLOCKS`."""
+    return size // _block_bytes(size, num_devices, rounds)
 
 
 def best_rounds(x: jax.ShapeDtypeStruct, num_devices: int) -> int:
@@ -67,6 +72,7 @@ def all_reduce(x: Array, addresses: Array, rounds: int) -> Array:
     adds up one part, which it then sends to all: a second time to wait, but a fraction to send.
     """
     num_devices = addresses.size // 2 - 1
+    assert num_blocks(x.nbytes, num_devices, rounds) <= memory.BLOCKS, "see `unsupported`"
     block_size = _block_bytes(x.nbytes, num_devices, rounds) // x.dtype.itemsize
     parts = num_devices if rounds == 2 else 1
     flat = plgpu.kernel(

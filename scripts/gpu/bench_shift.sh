@@ -1,38 +1,45 @@
 #!/usr/bin/env bash
-# Four H200s, bare: shift parallelism against its two layouts alone, and its correctness.
-# JSON goes to the folder given as the first argument; tables are printed.
+# Four H200s, bare: shift parallelism against its two layouts alone, and its correctness. Some 15
+# minutes; name parts to run only those: bench_shift.sh OUT [correctness all_reduce shift tp4 sp4 dp4]
+# The programs of a part's first benchmark serve its second. JSON goes to OUT; tables are printed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-benchmarks/results/h200-x4}
+parts=("${@:2}")
+((${#parts[@]})) || parts=(correctness all_reduce shift tp4 sp4 dp4)
 mkdir -p "$out"
 # NVLink multicast stays off.
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 NCCL_NVLS_ENABLE=0
 python=${PYTHON:-python3}
-model=benchmarks/configs/llama-3.1-8b
+# The first start would measure the threshold, which takes a minute more.
+threshold=${THRESHOLD:-512}
+engine="--model benchmarks/configs/llama-3.1-8b --load-format dummy --max-model-len 8448 --max-num-seqs 64 --max-num-batched-tokens 8192"
 
-bench() { # name, options of benchmarks/offline.py
-    echo "== $1 ($SECONDS s)"
-    timeout 200 "$python" benchmarks/offline.py --model $model --load-format dummy \
-        --max-model-len 8448 --max-num-seqs 256 --repeats 1 --out "$out/$1.json" "${@:2}" 2>&1 |
-        grep -v -e '━' -e ' uses '
+quiet() { grep -v -e '━' -e ' uses ' -e cuda_timer; }
+offline() { # name, options of benchmarks/offline.py
+    timeout 220 "$python" benchmarks/offline.py $engine --repeats 2 \
+        --batches 1 16 64 --prefill 8 8192 --throughput 256 --out "$out/8b_$1.json" "${@:2}" 2>&1 | quiet
 }
-
-echo "== correctness"
-timeout 200 "$python" -m pytest -p no:cacheprovider -q tests/test_weight_views.py \
-    tests/engine/test_shift_parallel.py -k "views or view or another or measured" 2>&1 | tail -n 3
-all="--batches 1 16 64 --prefill 8 8192 --throughput 256"
-bench 8b_sp4_shift --ulysses-sequence-parallel-size 4 $all
-bench 8b_tp4 --tensor-parallel-size 4 $all
-bench 8b_sp4 --ulysses-sequence-parallel-size 4 --no-shift-parallel $all
-
 # The same bursts for every way to use four GPUs.
 traffic() { # name, options of benchmarks/traffic.py
-    echo "== traffic, $1 ($SECONDS s)"
-    timeout 200 "$python" benchmarks/traffic.py --model $model --load-format dummy \
-        --seconds 40 --rate 5 --burst 60 --out "$out/traffic_$1.json" "${@:2}" 2>&1 |
-        grep -v -e '━' -e ' uses '
+    timeout 160 "$python" benchmarks/traffic.py $engine --seconds 30 --rate 5 --burst 60 \
+        --out "$out/traffic_$1.json" "${@:2}" 2>&1 | quiet
 }
-traffic shift --ulysses-sequence-parallel-size 4
-traffic tp4 --tensor-parallel-size 4
-traffic sp4 --ulysses-sequence-parallel-size 4 --no-shift-parallel
-traffic dp4 --data-parallel-size 4
+both() { offline "$@" && traffic "$@"; }
+
+for part in "${parts[@]}"; do
+    echo "== $part ($SECONDS s)"
+    case $part in
+    correctness)
+        timeout 200 "$python" -m pytest -p no:cacheprovider -q tests/test_weight_views.py \
+            tests/kernels/test_all_reduce.py tests/engine/test_shift_parallel.py \
+            -k "views or view or another or measured or kernel_is" 2>&1 | tail -n 3
+        ;;
+    all_reduce) timeout 120 "$python" benchmarks/all_reduce.py --out "$out/all_reduce.json" ;;
+    shift) both shift --ulysses-sequence-parallel-size 4 --shift-parallel-threshold "$threshold" ;;
+    tp4) both tp4 --tensor-parallel-size 4 ;;
+    sp4) both sp4 --ulysses-sequence-parallel-size 4 --no-shift-parallel ;;
+    dp4) traffic dp4 --data-parallel-size 4 ;;
+    *) echo "no part is called $part" >&2 ;;
+    esac
+done

@@ -24,6 +24,7 @@ import jaxlib
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams, host_copies
+from arctic_jax.engine.runner import ModelRunner
 from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 
 
@@ -36,6 +37,31 @@ def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times) * 1e3
 
 
+def launch_parts(runner: ModelRunner, scheduled: ScheduledBatch) -> tuple[float, float]:
+    """Return the host's time of starting the step's program, and the copy of its output."""
+    layout, bucket = runner.picker.pick(scheduled)
+    packed = runner.packer.pack(scheduled, bucket)
+    inboxes = runner.inboxes and runner.inboxes.addresses
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        runner.caches, runner.state, runner._output = runner.programs.run(
+            layout,
+            bucket,
+            runner.leaves[layout],
+            inboxes,
+            runner.caches,
+            runner.state,
+            runner._output,
+            packed,
+        )
+        middle = time.perf_counter()
+        output = runner.programs.copy(runner._output)
+        times.append((middle - start, time.perf_counter() - middle))
+        jax.block_until_ready(output)
+    return tuple(statistics.median(part) * 1e3 for part in zip(*times, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="benchmarks/configs/llama-3.1-8b")
@@ -44,6 +70,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, nargs="*", default=[0])
     parser.add_argument("--prefill", type=int, help="with --trace: tokens of a prefill step")
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--trace", action="store_true", help="profile the steps, into OUT")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -57,6 +84,7 @@ def main() -> None:
         max_num_seqs=max(args.batches),
         max_num_batched_tokens=max(4096, args.prefill or 0),
         enable_prefix_caching=False,
+        tensor_parallel_size=args.tensor_parallel_size,
         # Proposes nothing in random text: the verifying programs are what is wanted.
         speculative_config={"method": "ngram", "num_speculative_tokens": max(args.drafts)}
         if max(args.drafts)
@@ -106,6 +134,7 @@ def main() -> None:
             start = time.perf_counter()
             jax.block_until_ready([launch() for _ in range(30)])
             device = (time.perf_counter() - start) / 30 * 1e3
+            run, copies = launch_parts(runner, scheduled)
             alone = median_ms(lambda launch=launch: host_copies.finish(launch()))
             row = {
                 "batch": batch,
@@ -113,6 +142,8 @@ def main() -> None:
                 "whole": whole,
                 "pack": pack,
                 "dispatch": statistics.median(dispatches),
+                "run": run,
+                "copy": copies,
                 "device": device,
                 "launch_and_read": alone,
             }

@@ -72,17 +72,37 @@ def test_kernels_are_lowered_where_there_is_no_gpu(with_draft_model: bool, tmp_p
         write_files(tmp_path, CONFIG, make_tensors())
         options["speculative_config"] = {"method": "draft_model", "model": str(tmp_path)}
     program, mesh, step = parts(**options)
+    exported = for_hopper(kernels_fit(program), mesh, step)
+    assert exported.platforms == ("cuda",)
+    assert "mosaic_gpu" in exported.mlir_module()
+
+
+@pytest.mark.parametrize("has_inboxes", [False, True])
+def test_inboxes_replace_every_sum_of_few_tokens(has_inboxes: bool) -> None:
+    program, mesh, step = parts(ulysses_sequence_parallel_size=2, shift_parallel_threshold=64)
+    assert step.layout.name == "shift"
+    program = kernels_fit(program)
+    model_config = replace(program.model_config, hidden_size=1024)
+    program = replace(program, model_config=model_config, has_inboxes=has_inboxes)
+    text = for_hopper(program, mesh, step).mlir_module()
+    assert ("stablehlo.all_reduce" in text) is not has_inboxes
+    assert "stablehlo.all_gather" in text  # of the logits
+
+
+def kernels_fit(program: StepProgram) -> StepProgram:
+    """The program with sizes that the kernels take."""
     model_config = replace(program.model_config, head_dim=64)
     drafting = program.drafting
     if isinstance(drafting, ModelDrafting):
         drafting = replace(drafting, config=model_config, block_size=16)
     models = tuple(replace(model, head_dim=64) for model in program.cache.models)
     cache = replace(program.cache, models=models, block_size=16, dtype=jnp.dtype("bfloat16"))
-    program = replace(program, model_config=model_config, drafting=drafting, cache=cache)
+    return replace(program, model_config=model_config, drafting=drafting, cache=cache)
+
+
+def for_hopper(program: StepProgram, mesh: Mesh, step: Step) -> jax.export.Exported:
     with dispatch.lowering_for_hopper():
-        exported = jax.export.deserialize(bytearray(program.export(step, mesh, "cuda")))
-    assert exported.platforms == ("cuda",)
-    assert "mosaic_gpu" in exported.mlir_module()
+        return jax.export.deserialize(bytearray(program.export(step, mesh, "cuda")))
 
 
 def answers(engine: EngineCore) -> list[list[int]]:

@@ -133,7 +133,9 @@ def test_the_kernel_is_the_sum(dtype: jnp.dtype) -> None:
     calls = [
         (shape, rounds)
         for shape, rounds in calls
-        if math.prod(shape) * dtype.dtype.itemsize % (8 * 128 * (over.size if rounds == 2 else 1))
+        if math.prod(shape)
+        * jnp.dtype(dtype).itemsize
+        % (8 * 128 * (over.size if rounds == 2 else 1))
         == 0
     ]
     assert {rounds for _, rounds in calls} == {1, 2}
