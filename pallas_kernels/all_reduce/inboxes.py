@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import logging
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-logger = logging.getLogger(__name__)
+from arctic_jax.pallas_kernels import dispatch
 
 BLOCKS = 512
 """Most thread blocks of a call."""
@@ -61,14 +60,14 @@ class Inboxes:
 
     @staticmethod
     def unavailable(mesh: Mesh) -> str | None:
-        """Return why the devices of a mesh cannot write into each other's memory, or `None`."""
+        """Return why the kernel cannot sum over the devices of a mesh, or `None` if it can."""
         devices = mesh.devices.flatten().tolist()
         if len(devices) == 1:
             return "there is one device"
         if any(device.process_index != jax.process_index() for device in devices):
             return "not all devices are this process's"
-        if devices[0].platform != "gpu":
-            return f"they are {devices[0].platform}s"
+        if reason := dispatch.mosaic_gpu_unavailable():
+            return reason
         if not all(_can_access(a, b) for a, b in itertools.permutations(devices, 2)):
             return "not every GPU can reach the memory of every other"
         return None
