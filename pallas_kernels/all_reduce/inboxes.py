@@ -66,6 +66,8 @@ class Inboxes:
             return "there is one device"
         if any(device.process_index != jax.process_index() for device in devices):
             return "not all devices are this process's"
+        if devices[0].platform != "gpu":
+            return f"they are {devices[0].platform}s"
         if reason := dispatch.mosaic_gpu_unavailable():
             return reason
         if not all(_can_access(a, b) for a, b in itertools.permutations(devices, 2)):
