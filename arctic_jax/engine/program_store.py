@@ -131,6 +131,7 @@ def environment(devices: Sequence[Any]) -> tuple[object, ...]:
         os.environ.get("XLA_FLAGS"),
         jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.jax_default_matmul_precision,
+        jax.config.read("jax_disable_most_optimizations"),
     )
 
 
