@@ -222,7 +222,8 @@ def bucket_ladder(
     def up(n: int) -> int:
         return -(-n // multiple) * multiple
 
-    decode = {up(n) for n in _rungs(1, max_num_seqs, 64)}
+    # Each sequence of a step has a token.
+    decode = {up(n) for n in _rungs(1, min(max_num_seqs, max_num_batched_tokens), 64)}
     mixed = {
         up(n)
         for n in (64, *_rungs(256, max_num_batched_tokens, 512))
