@@ -91,10 +91,6 @@ class MeshLayout:
             x = lax.psum_scatter(x, self.tokens, scatter_dimension=0, tiled=True)
         return x
 
-    def _sum(self, x: Array, axes: Axes) -> Array:
-        inboxes = self.inboxes if axes == self.devices else None
-        return all_reduce(x, axes, inboxes) if axes else x
-
     def gather_tokens(self, x: Array) -> Array:
         """`[tokens/SP, d]` to `[tokens, d]`: once, where the batch narrows."""
         return lax.all_gather(x, self.tokens, axis=0, tiled=True) if self.tokens else x
@@ -125,6 +121,10 @@ class MeshLayout:
     def expert_shard(self) -> Array | int:
         """Index of this device's part of the experts."""
         return lax.axis_index(self.weights) if self.weights else 0
+
+    def _sum(self, x: Array, axes: Axes) -> Array:
+        inboxes = self.inboxes if axes == self.devices else None
+        return all_reduce(x, axes, inboxes) if axes else x
 
 
 def make_mesh(tp: int, sp: int, devices: Sequence[Any] | None = None) -> Mesh:

@@ -44,7 +44,7 @@ def main() -> None:
     for tokens in args.tokens:
         row: dict[str, Any] = {"tokens": tokens, "bytes": 2 * tokens * args.hidden}
         for name, rounds in {"one_round_us": 1, "two_rounds_us": 2, "nccl_us": 0}.items():
-            if mosaic_gpu.num_blocks(row["bytes"], mesh.size, rounds) <= BLOCKS or not rounds:
+            if not rounds or mosaic_gpu.num_blocks(row["bytes"], mesh.size, rounds) <= BLOCKS:
                 row[name] = microseconds(rounds, mesh, inboxes, tokens, args.hidden)
         rows.append(row)
         print("  ".join(f"{name} {value:9.1f}" for name, value in row.items()), flush=True)

@@ -24,7 +24,7 @@ from arctic_jax.engine import sampler
 from arctic_jax.engine.lowering import LoweringPool
 from arctic_jax.engine.program_store import ProgramStore
 from arctic_jax.engine.sampler import SamplerState
-from arctic_jax.engine.step_program import MOVES_A_CALL, Leaves, Step, StepProgram
+from arctic_jax.engine.step_program import MOVES_A_CALL, Leaves, Step, StepProgram, results_of
 from arctic_jax.kv_cache import KVCaches
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.scheduled_batch import Bucket
@@ -201,7 +201,7 @@ class ProgramCache:
 
     def _load(self, step: Step) -> Compiled | None:
         arguments = self._program.arguments(step, self._mesh)
-        return self._store.load(step, arguments, self._program.results(step, self._mesh))
+        return self._store.load(step, arguments, results_of(arguments))
 
     @property
     def _on_gpu(self) -> bool:

@@ -114,13 +114,13 @@ class StepProgram:
     def lower_exported(self, exported: bytes, step: Step, mesh: Mesh) -> jax.stages.Lowered:
         """Make of what `export` returned in another process what `lower` returns in this one."""
         arguments = self.arguments(step, mesh)
-        donated = self.results(step, mesh)
-        tree = jax.tree.structure(donated)
+        results = results_of(arguments)
+        tree = jax.tree.structure(results)
         function = jax.export.deserialize(bytearray(exported))
         return jax.jit(
             lambda *values: tree.unflatten(function.call(*jax.tree.leaves(values))),
             donate_argnums=DONATED,
-            out_shardings=jax.tree.map(lambda value: value.sharding, donated),
+            out_shardings=jax.tree.map(lambda value: value.sharding, results),
         ).lower(*arguments)
 
     def arguments(self, step: Step, mesh: Mesh) -> tuple[Any, ...]:
@@ -139,10 +139,6 @@ class StepProgram:
             shape = addresses_shape(mesh.size)
             inboxes = _abstract(shape, jnp.int32, mesh, PartitionSpec(mesh.axis_names))
         return leaves, inboxes, shapes, self.state(mesh), self.output(mesh), packed
-
-    def results(self, step: Step, mesh: Mesh) -> tuple[Any, ...]:
-        """Return a step's abstract results."""
-        return tuple(self.arguments(step, mesh)[i] for i in DONATED)
 
     def state(self, mesh: Mesh) -> SamplerState:
         """Return the abstract state of the sampler."""
@@ -232,6 +228,11 @@ class StepProgram:
         """On GPUs a float32 product would otherwise be computed with 10 bits of mantissa."""
         exact = "highest" if self.cache.dtype == jnp.float32 else None
         return jax.default_matmul_precision(exact)
+
+
+def results_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return of a step's abstract arguments those that its results are like."""
+    return tuple(arguments[i] for i in DONATED)
 
 
 def _abstract(

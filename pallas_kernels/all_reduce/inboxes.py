@@ -36,6 +36,11 @@ def addresses_shape(num_devices: int) -> tuple[int, int]:
     return num_devices, 2 * (num_devices + 1)
 
 
+def num_devices(addresses: jax.Array) -> int:
+    """Return how many devices a row of `Inboxes.addresses` is for."""
+    return addresses.size // 2 - 1
+
+
 class Inboxes:
     """An inbox on each device of a mesh; they live as long as this object.
 

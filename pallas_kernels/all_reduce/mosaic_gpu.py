@@ -71,7 +71,7 @@ def all_reduce(x: Array, addresses: Array, rounds: int) -> Array:
     In one round each device sends all it has to all, and everybody adds up everything. In two each
     adds up one part, which it then sends to all: a second time to wait, but a fraction to send.
     """
-    num_devices = addresses.size // 2 - 1
+    num_devices = memory.num_devices(addresses)
     assert num_blocks(x.nbytes, num_devices, rounds) <= memory.BLOCKS, "see `unsupported`"
     block_size = _block_bytes(x.nbytes, num_devices, rounds) // x.dtype.itemsize
     parts = num_devices if rounds == 2 else 1

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int32
 
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.all_reduce import mosaic_gpu, reference
+from arctic_jax.pallas_kernels.all_reduce.inboxes import num_devices
 
 
 def all_reduce(
@@ -39,8 +40,7 @@ def all_reduce(
     if reason:
         raise ValueError(f"all_reduce: implementation='mosaic_gpu' cannot do this: {reason}")
     assert inboxes is not None
-    num_devices = inboxes.size // 2 - 1
-    return mosaic_gpu.all_reduce(x, inboxes, mosaic_gpu.best_rounds(x, num_devices))
+    return mosaic_gpu.all_reduce(x, inboxes, mosaic_gpu.best_rounds(x, num_devices(inboxes)))
 
 
 def mosaic_gpu_unsupported(x: Array, inboxes: Array | None) -> str | None:
@@ -52,4 +52,4 @@ def mosaic_gpu_unsupported(x: Array, inboxes: Array | None) -> str | None:
         return "there are no inboxes"
     if dispatch.interpreter() is not None:
         return "the interpreter has no memory of other devices"
-    return mosaic_gpu.unsupported(x, inboxes.size // 2 - 1)
+    return mosaic_gpu.unsupported(x, num_devices(inboxes))

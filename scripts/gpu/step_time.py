@@ -24,7 +24,6 @@ import jaxlib
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams, host_copies
-from arctic_jax.engine.runner import ModelRunner
 from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 
 
@@ -35,31 +34,6 @@ def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
         run()
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e3
-
-
-def launch_parts(runner: ModelRunner, scheduled: ScheduledBatch) -> tuple[float, float]:
-    """Return the host's time of starting the step's program, and the copy of its output."""
-    layout, bucket = runner.picker.pick(scheduled)
-    packed = runner.packer.pack(scheduled, bucket)
-    inboxes = runner.inboxes and runner.inboxes.addresses
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        runner.caches, runner.state, runner._output = runner.programs.run(
-            layout,
-            bucket,
-            runner.leaves[layout],
-            inboxes,
-            runner.caches,
-            runner.state,
-            runner._output,
-            packed,
-        )
-        middle = time.perf_counter()
-        output = runner.programs.copy(runner._output)
-        times.append((middle - start, time.perf_counter() - middle))
-        jax.block_until_ready(output)
-    return tuple(statistics.median(part) * 1e3 for part in zip(*times, strict=True))
 
 
 def main() -> None:
@@ -134,7 +108,6 @@ def main() -> None:
             start = time.perf_counter()
             jax.block_until_ready([launch() for _ in range(30)])
             device = (time.perf_counter() - start) / 30 * 1e3
-            run, copies = launch_parts(runner, scheduled)
             alone = median_ms(lambda launch=launch: host_copies.finish(launch()))
             row = {
                 "batch": batch,
@@ -142,8 +115,6 @@ def main() -> None:
                 "whole": whole,
                 "pack": pack,
                 "dispatch": statistics.median(dispatches),
-                "run": run,
-                "copy": copies,
                 "device": device,
                 "launch_and_read": alone,
             }
