@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -21,6 +21,13 @@ def counted(report: Report, stage: str, total: int) -> Callable[[], None]:
     """Give a function that reports one more of `total` done each time it is called."""
     done = itertools.count(1)
     return lambda: report(stage, next(done), total)
+
+
+def passing[T](items: Iterable[T], advance: Callable[[], None]) -> Iterator[T]:
+    """Pass items on, and call `advance` for each."""
+    for item in items:
+        advance()
+        yield item
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Finer shards of placed weights that share their memory. Engine start only.
+"""Parts of placed weights that share their memory. Engine start only.
 
 A layout that splits the weights over more devices needs, on each device, a range of the rows that a
 coarser layout has there: parameters are stored with their split dimension first, so this is one
@@ -9,58 +9,48 @@ first element.
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.dlpack
 from jax.sharding import NamedSharding
 
-logger = logging.getLogger(__name__)
-
 ALIGNMENT = {"cpu": 64, "gpu": 256}
 """Bytes. What XLA asks of an argument on a CPU; on a GPU what our kernels' bulk copies ask."""
 
 
-def finer(array: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, int]:
-    """Return `array` under a sharding that splits its first dimension further, and bytes copied.
+def rows(
+    array: jax.Array,
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    begins: Mapping[Any, int],
+) -> tuple[jax.Array, int]:
+    """Return rows of each device's part of an array, from `begins` on; and bytes copied.
 
     The result does not keep the memory alive: the caller holds `array` as long as it is used. No
     bytes are copied unless the platform has no such views, or a part begins at an address that
     programs do not take.
 
     Args:
-        array: complete; each device has a range of rows, all columns.
-        sharding: on each device a range within the one it has.
-
-    Raises:
-        ValueError: a device does not have the rows that `sharding` gives it.
+        array: split, if at all, in its first dimension.
+        shape: of the result, global; so many rows are taken as a device has of it.
+        sharding: of the result.
+        begins: the first of them, in the device's part of `array`.
     """
-    if sharding.is_equivalent_to(array.sharding, array.ndim):
-        return array, 0
-    rows = {
-        device: index[0].indices(array.shape[0])
-        for device, index in sharding.addressable_devices_indices_map(array.shape).items()
-        if index is not None
-    }
+    count = sharding.shard_shape(shape)[0]
     parts, copied = [], 0
     for shard in array.addressable_shards:
-        has_start, has_stop, _ = shard.index[0].indices(array.shape[0])
-        start, stop, _ = rows[shard.device]
-        if not has_start <= start <= stop <= has_stop:
-            raise ValueError(
-                f"{shard.device} has rows {has_start}:{has_stop} of {array.shape}, "
-                f"{sharding.spec} gives it {start}:{stop}"
-            )
-        view = _View(shard.data, start - has_start, stop - has_start)
+        begin = begins[shard.device]
+        view = _View(shard.data, begin, begin + count)
         if view.aligned:
             parts.append(jax.dlpack.from_dlpack(view))
         else:
-            part = shard.data[start - has_start : stop - has_start]
+            part = shard.data[begin : begin + count]
             parts.append(part)
             copied += part.nbytes
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts), copied
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts), copied
 
 
 class _View:

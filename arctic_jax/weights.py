@@ -7,9 +7,9 @@ for each of its parameters, the `Source` that produces such a range from the che
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -321,30 +321,37 @@ def load(
     sources: Mapping[str, Source],
     checkpoint: Checkpoint,
     mesh: Mesh,
-    on_loaded: Callable[[], None] = lambda: None,
-) -> dict[str, jax.Array]:
-    """Place every parameter on `mesh`; each device reads only its own rows.
+) -> Iterator[tuple[str, jax.Array]]:
+    """Place one parameter after the other on `mesh`; each device reads only its own rows.
+
+    A few are read ahead of the one that is asked for.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape than the config says.
+        CheckpointError: a tensor is missing, at once; or has another shape than the config says,
+            when it is its turn.
     """
     missing = {n for p in parameters for n in sources[p].names if n not in checkpoint}
     if missing:
         shown = ", ".join(sorted(missing)[:5])
         raise CheckpointError(f"the checkpoint lacks {len(missing)} tensor(s): {shown}")
-    readers = ThreadPoolExecutor(READERS)
-    try:
-        reads = {
-            path: readers.submit(_place, spec, sources[path], checkpoint, mesh)
-            for path, spec in parameters.items()
-        }
-        placed = {}
-        for path, read in reads.items():
-            placed[path] = read.result()
-            on_loaded()
-        return placed
-    finally:
-        readers.shutdown(cancel_futures=True)
+
+    def placed() -> Iterator[tuple[str, jax.Array]]:
+        readers = ThreadPoolExecutor(READERS)
+        reads: deque[tuple[str, Future[jax.Array]]] = deque()
+        try:
+            for path, spec in parameters.items():
+                read = readers.submit(_place, spec, sources[path], checkpoint, mesh)
+                reads.append((path, read))
+                if len(reads) == 2 * READERS:
+                    path, read = reads.popleft()
+                    yield path, read.result()
+            while reads:
+                path, read = reads.popleft()
+                yield path, read.result()
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+    return placed()
 
 
 def _place(spec: ParameterSpec, source: Source, checkpoint: Checkpoint, mesh: Mesh) -> jax.Array:
@@ -379,26 +386,20 @@ _transpose = jax.jit(jnp.transpose)
 
 
 def random(
-    parameters: Mapping[str, ParameterSpec],
-    mesh: Mesh,
-    seed: int,
-    on_loaded: Callable[[], None] = lambda: None,
-) -> dict[str, jax.Array]:
+    parameters: Mapping[str, ParameterSpec], mesh: Mesh, seed: int
+) -> Iterator[tuple[str, jax.Array]]:
     """Make random weights of the right shapes on the devices: `load_format="dummy"`.
 
     Matrices are normal with deviation 0.02, vectors are ones: a benchmark only wants the shapes,
     and finite values.
     """
-    placed = {}
     for i, (path, spec) in enumerate(parameters.items()):
         sharding = NamedSharding(mesh, spec.partition)
         if len(spec.shape) == 1:
-            placed[path] = jax.device_put(jnp.ones(spec.shape, spec.dtype), sharding)
+            yield path, jax.device_put(jnp.ones(spec.shape, spec.dtype), sharding)
         else:
             make = jax.jit(_normal, static_argnums=(1, 2), out_shardings=sharding)
-            placed[path] = make(jax.random.key(seed * 1_000_003 + i), spec.shape, spec.dtype)
-        on_loaded()
-    return placed
+            yield path, make(jax.random.key(seed * 1_000_003 + i), spec.shape, spec.dtype)
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -7,6 +7,7 @@ the `MeshLayout` knows; a module names the logical axis ("heads", "ffn", "vocab"
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -141,7 +142,17 @@ class Embed(nnx.Module):
         return layout.argmax_vocab(jnp.where(token_ids < self.vocab_size, logits, -jnp.inf))
 
     def _local_logits(self, x: Array) -> Array:
-        return jnp.einsum("rd,vd->rv", x, self.weight[...], preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, "rd,vd->rv", preferred_element_type=jnp.float32)
+        if len(x) > 1:
+            return product(x, self.weight[...])
+        # cuBLAS takes 1.25 ms for one row with 128,256 x 4,096 on an H200, the sum 0.25.
+        return jax.lax.platform_dependent(
+            x, self.weight[...], cuda=_sum_of_products, default=product
+        )
+
+
+def _sum_of_products(x: Array, weight: Array) -> Array:
+    return jnp.sum(x[:, None].astype(jnp.float32) * weight.astype(jnp.float32), axis=-1)
 
 
 class RMSNorm(nnx.Module):

@@ -59,7 +59,7 @@ def load_model(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> LlamaF
     placed = weights.load(
         parameters, model.weight_sources(), TensorsInMemory(tensors), make_mesh(1, 1)
     )
-    return jax.tree.unflatten(jax.tree.structure(model), placed.values())
+    return jax.tree.unflatten(jax.tree.structure(model), [array for _, array in placed])
 
 
 @dataclass

@@ -35,8 +35,9 @@ from arctic_jax.models.decoder_encoder import DecoderEncoder, DecoderEncoderConf
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.segment_attention.op import skips_other_segments
-from arctic_jax.progress import Report, counted, silent
-from arctic_jax.shift_parallel import make_mesh
+from arctic_jax.progress import Report, counted, passing, silent
+from arctic_jax.shift_parallel import ALONE, make_mesh
+from arctic_jax.weight_stacks import COMPILER_OPTIONS, WeightStacks
 from arctic_jax.weights import Checkpoint, ParameterSpec, Renamed
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class EncoderRunner:
         )
         model = nnx.eval_shape(lambda: model_class(model_config, load.implementation))
         self._structure = jax.tree.structure(model)
-        self._leaves = self._load(model, checkpoint, load.seed, report)
+        self._leaves, self._stacks = self._load(model, checkpoint, load.seed, report)
         self._store = ProgramStore(
             program_store.default_directory(),
             self.mesh.devices.flatten().tolist(),
@@ -122,23 +123,26 @@ class EncoderRunner:
 
     def _load(
         self, model: Encoder, checkpoint: Checkpoint | None, seed: int, report: Report
-    ) -> tuple[Array, ...]:
+    ) -> tuple[tuple[Array, ...], WeightStacks]:
         parameters = {
             path: ParameterSpec(variable.shape, self.dtype, PartitionSpec())
             for path, variable in named_parameters(model).items()
         }
-        advance = counted(report, "Loading weights", len(parameters))
+        shapes = [spec.shape for spec in parameters.values()]
+        replicated = [spec.partition for spec in parameters.values()]
+        stacks = WeightStacks.plan(shapes, {ALONE: replicated}, self.dtype, self.mesh)
         if checkpoint is None:
-            placed = weights.random(parameters, self.mesh, seed, advance)
+            placed = weights.random(parameters, self.mesh, seed)
         else:
             renamed = _renamed(model, checkpoint)
-            sources = model.weight_sources()
-            placed = weights.load(parameters, sources, renamed, self.mesh, advance)
-        return tuple(placed[path] for path in parameters)
+            placed = weights.load(parameters, model.weight_sources(), renamed, self.mesh)
+        placed = passing(placed, counted(report, "Loading weights", len(parameters)))
+        return stacks.fill((array for _, array in placed), ALONE, self.mesh), stacks
 
     def _run(self, leaves: tuple[Array, ...], packed: Array, bucket: EncoderBucket) -> Array:
         """Compute a batch: the program of `bucket`."""
-        model: Encoder = jax.tree.unflatten(self._structure, leaves)
+        parameters = self._stacks.parameters(leaves, ALONE)
+        model: Encoder = jax.tree.unflatten(self._structure, parameters)
         batch = unpack(packed, bucket)
         vectors = pool(model(batch, bucket.window), batch, self.settings.pooling)
         return normalize(vectors) if self.settings.normalize else vectors
@@ -166,7 +170,7 @@ class EncoderRunner:
         return programs
 
     def _compile_lowered(self, bucket: EncoderBucket, lowered: jax.stages.Lowered) -> Compiled:
-        program = lowered.compile()
+        program = lowered.compile(COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform))
         self._store.save(bucket, program)
         return program
 

@@ -19,7 +19,7 @@ from arctic_jax.loading import orbax_checkpoint
 from arctic_jax.loading.model_files import open_model, save_all_but_weights
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.registry import model_class
-from arctic_jax.progress import Report, counted, silent
+from arctic_jax.progress import Report, counted, passing, silent
 from arctic_jax.shift_parallel import make_mesh, shift
 from arctic_jax.weights import ParameterSpec
 
@@ -71,7 +71,7 @@ def convert(
     def placed() -> Iterator[dict[str, jax.Array]]:
         for _, paths in orbax_checkpoint.parts(parameters):
             specs = {path: parameters[path] for path in paths}
-            yield weights.load(specs, sources, checkpoint, mesh, advance)
+            yield dict(passing(weights.load(specs, sources, checkpoint, mesh), advance))
 
     manifest = orbax_checkpoint.Manifest(
         model_type=str(files.config.get("model_type")),

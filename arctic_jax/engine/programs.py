@@ -29,12 +29,9 @@ from arctic_jax.kv_cache import KVCaches
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import MeshLayout
+from arctic_jax.weight_stacks import COMPILER_OPTIONS
 
 logger = logging.getLogger(__name__)
-
-# From so many tokens on cuBLAS's products are as fast as Triton's, of which XLA compiles and tries
-# many.
-CUBLAS_TOKENS = 1024
 
 
 class ProgramCache:
@@ -192,10 +189,7 @@ class ProgramCache:
         return self._compile(step, lowered)
 
     def _compile(self, step: Step, lowered: jax.stages.Lowered) -> Compiled:
-        options = {}
-        if step.bucket.num_tokens >= CUBLAS_TOKENS and self._on_gpu:
-            options["xla_gpu_enable_triton_gemm"] = False
-        program = lowered.compile(options)
+        program = lowered.compile(COMPILER_OPTIONS.get(self._platform))
         self._store.save(step, program)
         return program
 
@@ -204,8 +198,8 @@ class ProgramCache:
         return self._store.load(step, arguments, results_of(arguments))
 
     @property
-    def _on_gpu(self) -> bool:
-        return self._mesh.devices.flat[0].platform == "gpu"
+    def _platform(self) -> str:
+        return self._mesh.devices.flat[0].platform
 
     def _copy_program(self) -> Compiled:
         """Return the program that copies an output.
@@ -216,7 +210,7 @@ class ProgramCache:
         output = self._program.output(self._mesh)
         sharding = SingleDeviceSharding(self._mesh.local_devices[0])
         output = jax.ShapeDtypeStruct(output.shape, output.dtype, sharding=sharding)
-        if self._on_gpu:
+        if self._platform == "gpu":
             sharding = sharding.with_memory_kind("pinned_host")
         return jax.jit(jnp.copy, out_shardings=sharding).lower(output).compile()
 

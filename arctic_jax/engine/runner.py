@@ -261,7 +261,7 @@ class ModelRunner:
             num_shards = checkpoint.num_shards(num_shards)
         model = nnx.eval_shape(lambda: model_class(model_config, num_shards, implementation))
         loader = WeightLoader(self.mesh, self.layouts, self.dtype, config.load.seed, report)
-        leaves, partitions = loader.load(model, checkpoint, "weights")
+        leaves, stacks = loader.load(model, checkpoint, "weights")
         heads = PartitionSpec(None, None, self.layouts[-1].devices or None)
         layers, head_dim = model_config.num_cache_layers, model_config.head_dim
         caches: list[ModelCacheSpec | TokenCacheSpec] = [
@@ -271,17 +271,17 @@ class ModelRunner:
         if drafter is not None:
             module = drafter.drafting.module(num_shards, implementation)
             caches += drafter.drafting.caches()
-            added, lie = loader.load(
+            added, others = loader.load(
                 module, drafter.checkpoint, "drafter weights", drafter.drafting.layout
             )
             leaves = {layout: leaves[layout] + added[layout] for layout in self.layouts}
-            partitions = {layout: partitions[layout] + lie[layout] for layout in self.layouts}
+            stacks = stacks.followed_by(others)
         return leaves, StepProgram(
             model_class,
             model_config,
             num_shards,
             implementation,
-            partitions,
+            stacks,
             KVCacheSpec(tuple(caches), config.cache.block_size, self.dtype),
             self.max_blocks_per_seq,
             self.max_num_seqs,

@@ -27,6 +27,7 @@ from arctic_jax.models.llama import LlamaForCausalLM
 from arctic_jax.pallas_kernels.all_reduce.inboxes import addresses_shape
 from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import MeshLayout
+from arctic_jax.weight_stacks import WeightStacks
 
 Leaves = tuple[Array, ...]
 REPLICATED = PartitionSpec()
@@ -57,8 +58,9 @@ class StepProgram:
     A step is `step(leaves, inboxes, caches, state, output, packed) -> (caches, state, output)`,
     which donates what it returns. `output [max_rows, ...]` is a packed
     `StepOutput`: as an argument the one of the step before, whose tokens its successor takes before
-    the host has seen them. `leaves` is the flat tuple of the parameters, the model's and then the
-    drafter's: rebuilding the modules from it happens while the program is traced, not at each call.
+    the host has seen them. `leaves` are the arrays of the parameters, the model's and then the
+    drafter's: rebuilding the modules from them happens while the program is traced, not at each
+    call.
     `inboxes` are `Inboxes.addresses`, or `None`.
 
     Nothing but `packed` lies at another address from step to step. On a GPU a program is a CUDA
@@ -66,7 +68,7 @@ class StepProgram:
 
     Attributes:
         model_class, model_config, num_shards, implementation: what the module is made of.
-        partitions: for each layout, where each leaf lies on the mesh.
+        weights: how the parameters lie in `leaves`.
         cache: shapes of the caches; their type is that of the parameters.
         max_blocks_per_seq: columns of a block table.
         max_num_seqs: rows of the sampler's state.
@@ -82,7 +84,7 @@ class StepProgram:
     model_config: ModelConfig
     num_shards: int
     implementation: str | None
-    partitions: dict[MeshLayout, tuple[PartitionSpec, ...]]
+    weights: WeightStacks
     cache: KVCacheSpec
     max_blocks_per_seq: int
     max_num_seqs: int
@@ -125,12 +127,7 @@ class StepProgram:
 
     def arguments(self, step: Step, mesh: Mesh) -> tuple[Any, ...]:
         """Return a step's abstract arguments; its results are like those that it donates."""
-        leaves = tuple(
-            _abstract(leaf.shape, self.cache.dtype, mesh, partition)
-            for leaf, partition in zip(
-                jax.tree.leaves(self._modules()), self.partitions[step.layout], strict=True
-            )
-        )
+        leaves = self.weights.abstract(step.layout, mesh)
         shape = (packed_size(step.bucket, self.max_blocks_per_seq),)
         packed = _abstract(shape, jnp.int32, mesh)
         shapes = self.cache.shapes(step.num_blocks, mesh)
@@ -191,7 +188,7 @@ class StepProgram:
             packed: Array,
         ) -> tuple[KVCaches, SamplerState, Array]:
             model: LlamaForCausalLM
-            model, drafter = jax.tree.unflatten(tree, leaves)
+            model, drafter = jax.tree.unflatten(tree, self.weights.parameters(leaves, plan))
             layout = dataclasses.replace(plan, inboxes=inboxes)
             cache, *drafter_caches = caches
             batch = unpack(packed, bucket, self.max_blocks_per_seq)
@@ -219,7 +216,7 @@ class StepProgram:
         return jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=(self.partitions[plan], everywhere, *donated, REPLICATED),
+            in_specs=(self.weights.partitions(plan), everywhere, *donated, REPLICATED),
             out_specs=donated,
             check_vma=False,
         )

@@ -10,20 +10,20 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from arctic_jax import weight_views, weights
+from arctic_jax import weights
 from arctic_jax.engine.step_program import Leaves
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.layers import named_parameters
-from arctic_jax.progress import Report, counted
+from arctic_jax.progress import Report, counted, passing
 from arctic_jax.shift_parallel import MeshLayout
+from arctic_jax.weight_stacks import WeightStacks
 from arctic_jax.weights import Checkpoint, ParameterSpec, Source
 
 logger = logging.getLogger(__name__)
 
 Placed = dict[MeshLayout, Leaves]
-Partitions = dict[MeshLayout, tuple[PartitionSpec, ...]]
 
 
 class Module(Protocol):
@@ -59,7 +59,7 @@ class WeightLoader:
         checkpoint: Checkpoint | OrbaxCheckpoint | None,
         what: str,
         layout: MeshLayout | None = None,
-    ) -> tuple[Placed, Partitions]:
+    ) -> tuple[Placed, WeightStacks]:
         """Place a module's weights, random ones without a checkpoint.
 
         Args:
@@ -69,50 +69,41 @@ class WeightLoader:
             layout: in which they lie in all of the engine's layouts; `None` for those.
 
         Returns:
-            The flat tuple of its leaves for each layout, and where they lie.
+            The arrays for each layout, and how its parameters lie in them.
 
         Raises:
             CheckpointError: see `weights.load`.
         """
         named = named_parameters(module)
         axes = [variable.get_metadata("axis") for variable in named.values()]
+        shapes = [variable.shape for variable in named.values()]
         partitions = {at: tuple(map((layout or at).partition, axes)) for at in self.layouts}
+        coarse = self.layouts[-1]
+        stacks = WeightStacks.plan(shapes, partitions, self.dtype, self.mesh)
         parameters = {
-            path: ParameterSpec(variable.shape, self.dtype, partition)
-            for (path, variable), partition in zip(
-                named.items(), partitions[self.layouts[-1]], strict=True
-            )
+            path: ParameterSpec(shape, self.dtype, partition)
+            for path, shape, partition in zip(named, shapes, partitions[coarse], strict=True)
         }
-        advance = counted(self.report, f"Loading {what}", len(parameters))
         start = time.perf_counter()
         if checkpoint is None:
-            placed = weights.random(parameters, self.mesh, self.seed, advance)
+            placed = weights.random(parameters, self.mesh, self.seed)
         elif isinstance(checkpoint, OrbaxCheckpoint):
-            placed = checkpoint.restore(parameters, self.mesh, advance)
+            placed = checkpoint.restore(parameters, self.mesh)
         else:
-            placed = weights.load(
-                parameters, module.weight_sources(), checkpoint, self.mesh, advance
-            )
+            placed = weights.load(parameters, module.weight_sources(), checkpoint, self.mesh)
+        placed = passing(placed, counted(self.report, f"Loading {what}", len(parameters)))
+        arrays = stacks.fill((array for _, array in placed), coarse, self.mesh)
         if checkpoint is not None:
-            gigabytes = sum(array.nbytes for array in jax.block_until_ready(placed).values()) / 1e9
+            gigabytes = sum(array.nbytes for array in jax.block_until_ready(arrays)) / 1e9
             seconds = time.perf_counter() - start
             rate = gigabytes / seconds
             logger.info(
                 "loaded %.2f GB of %s in %.1f s (%.1f GB/s)", gigabytes, what, seconds, rate
             )
-        leaves = {self.layouts[-1]: tuple(placed[path] for path in parameters)}
+        leaves = {coarse: arrays}
         if len(self.layouts) == 2:
-            few, many = self.layouts
-            leaves[few] = self._finer(leaves[many], partitions[few])
-        return leaves, partitions
-
-    def _finer(self, leaves: Leaves, partitions: Sequence[PartitionSpec]) -> Leaves:
-        """Return the weights in the layout for few tokens: no second copy, see `weight_views`."""
-        views, copied = [], 0
-        for leaf, partition in zip(leaves, partitions, strict=True):
-            view, nbytes = weight_views.finer(leaf, NamedSharding(self.mesh, partition))
-            views.append(view)
-            copied += nbytes
-        if copied:
-            logger.info("shift parallelism: %.1f MB of weights are copied", copied / 1e6)
-        return tuple(views)
+            fine = self.layouts[0]
+            leaves[fine], copied = stacks.finer(arrays, coarse, fine, self.mesh)
+            if copied:
+                logger.info("shift parallelism: %.1f MB of weights are copied", copied / 1e6)
+        return leaves, stacks

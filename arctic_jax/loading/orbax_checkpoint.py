@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,12 @@ class OrbaxCheckpoint:
         self,
         parameters: Mapping[str, ParameterSpec],
         mesh: Mesh,
-        on_loaded: Callable[[], None] = lambda: None,
-    ) -> dict[str, jax.Array]:
-        """Place every parameter on `mesh`; each device gets its own rows from disk.
+    ) -> Iterator[tuple[str, jax.Array]]:
+        """Place one parameter after the other on `mesh`; each device gets its own rows from disk.
 
         Raises:
-            CheckpointError: a parameter is missing, has another shape than the config says, or
-                cannot be read.
+            CheckpointError: a parameter is missing or has another shape than the config says, at
+                once; or cannot be read, when it is its turn.
         """
         shapes = self.manifest.shapes
         missing = [path for path in parameters if path not in shapes]
@@ -130,14 +129,16 @@ class OrbaxCheckpoint:
                     f"{self.directory}: {path} has shape {shapes[path]}, the config asks for "
                     f"{spec.shape}"
                 )
-        placed = {}
-        with _checkpointer() as checkpointer:
-            for part, paths in parts(parameters):
-                specs = {path: parameters[path] for path in paths}
-                placed |= self._restore(checkpointer, part, specs, mesh)
-                for _ in paths:
-                    on_loaded()
-        return placed
+
+        def placed() -> Iterator[tuple[str, jax.Array]]:
+            with _checkpointer() as checkpointer:
+                for part, paths in parts(parameters):
+                    specs = {path: parameters[path] for path in paths}
+                    restored = self._restore(checkpointer, part, specs, mesh)
+                    for path in paths:
+                        yield path, restored.pop(path)
+
+        return placed()
 
     def _restore(
         self, checkpointer: Any, part: str, specs: Mapping[str, ParameterSpec], mesh: Mesh

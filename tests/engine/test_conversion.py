@@ -60,8 +60,8 @@ def load(directory: Path, config: dict[str, Any], tp: int, sp: int) -> dict[str,
         for path, variable in named_parameters(model).items()
     }
     if is_converted:
-        return checkpoint.restore(parameters, make_mesh(tp, sp))
-    return weights.load(parameters, model.weight_sources(), checkpoint, make_mesh(tp, sp))
+        return dict(checkpoint.restore(parameters, make_mesh(tp, sp)))
+    return dict(weights.load(parameters, model.weight_sources(), checkpoint, make_mesh(tp, sp)))
 
 
 @pytest.mark.parametrize("name", CASES)

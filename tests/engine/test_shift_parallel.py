@@ -1,5 +1,6 @@
 """Both layouts in one engine: the same tokens, the same weights, the same cache."""
 
+import functools
 import gc
 import itertools
 import re
@@ -29,6 +30,7 @@ from arctic_jax.engine.runner import ModelRunner
 from arctic_jax.request import Request, SamplingParams
 from arctic_jax.scheduled_batch import Bucket, ScheduledBatch, ScheduledRequest, bucket_ladder
 from arctic_jax.shift_parallel import MeshLayout, shift, ulysses
+from arctic_jax.weight_stacks import WeightStacks
 
 TENSORS = make_tensors()
 MESHES = [
@@ -101,6 +103,22 @@ def test_another_layout_every_step(tp: int, sp: int) -> None:
     engine = alternating_engine(tp, sp, num_blocks=26, max_num_seqs=3)
     assert answers(engine) == expected()
     assert answers(engine) == expected()  # now with what is left of the prefixes in the cache
+
+
+@pytest.fixture
+def stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of one shape in one array, as on GPUs."""
+    together = functools.partial(WeightStacks.plan, together=True)
+    monkeypatch.setattr(WeightStacks, "plan", together)
+
+
+@pytest.mark.usefixtures("stacked")
+def test_another_layout_every_step_with_stacked_weights() -> None:
+    config = CONFIG | {"num_hidden_layers": 3}
+    engine = alternating_engine(2, 2, config, num_blocks=26, max_num_seqs=3)
+    leaves = engine.runner.leaves[engine.runner.layouts[0]]
+    assert len(leaves) == 6  # qkv, output and down, gate and up, norms; the vocabulary twice
+    assert answers(engine) == expected(config)
 
 
 def test_biases_and_tied_embeddings_have_finer_shards_too() -> None:

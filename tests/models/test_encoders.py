@@ -39,7 +39,7 @@ def load(
     placed = weights.load(
         parameters, model.weight_sources(), SafetensorsCheckpoint(directory), make_mesh(1, 1)
     )
-    return jax.tree.unflatten(jax.tree.structure(model), placed.values())
+    return jax.tree.unflatten(jax.tree.structure(model), [array for _, array in placed])
 
 
 def hidden_states(

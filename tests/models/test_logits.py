@@ -34,7 +34,7 @@ def logits_of(directory: Path, config: dict, token_ids: np.ndarray) -> np.ndarra
     placed = weights.load(
         parameters, model.weight_sources(), SafetensorsCheckpoint(directory), make_mesh(1, 1)
     )
-    model = jax.tree.unflatten(jax.tree.structure(model), placed.values())
+    model = jax.tree.unflatten(jax.tree.structure(model), [array for _, array in placed])
 
     n = len(token_ids)
     bucket = Bucket(n, n, 1, n)

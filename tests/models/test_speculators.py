@@ -61,7 +61,7 @@ class Loaded:
             for path, parameter in named_parameters(module).items()
         }
         placed = weights.load(specs, sources, TensorsInMemory(tensors), self.mesh)
-        return jax.tree.unflatten(jax.tree.structure(module), placed.values())
+        return jax.tree.unflatten(jax.tree.structure(module), [array for _, array in placed])
 
     def drafts(self, hidden: np.ndarray, tokens: np.ndarray, count: int | None = None) -> Any:
         where = jax.tree.map(

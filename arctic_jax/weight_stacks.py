@@ -1,0 +1,243 @@
+"""Weights of one shape in one array, so that a step program has few arguments.
+
+A launch costs the host about a microsecond for each argument and device: with six matrices and
+norms a layer, that is more than a small model's step takes on a GPU. So parameters of one shape lie
+one below the other in one array, from which a program slices them. On a GPU such a slice is no
+copy: kernels and cuBLAS are called with its address (XLA's dynamic-slice fusions). On a CPU every
+product would get a copy, and each parameter stays an array of its own.
+
+The rows of one device, with two layouts (`weight_views.py`):
+
+    coarse: layer 0 | s = 0 | s = 1 |      fine, on s = 1:      | s = 1 |  layer 0: rows 0 ...
+            layer 1 | s = 0 | s = 1 |      a view that begins   | s = 0 |
+                                           at its own rows      | s = 1 |  layer 1: `stride` on
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from arctic_jax import weight_views
+from arctic_jax.shift_parallel import MeshLayout
+
+ALIGNMENT = 256
+"""Bytes. Where every parameter begins, as XLA and our kernels want it."""
+FEWEST = 3
+"""Parameters of a stack. So an output matrix stays apart from the embedding, of which XLA would
+perhaps copy what it gathers a few rows from."""
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+"""By platform. XLA's own products, by Triton, would get copies of slices. They also take longer to
+compile, and all but those of one token were no faster (benchmarks/results/h200/TODO.json)."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Parameters that are one array.
+
+    Attributes:
+        members: which, by their places among all parameters.
+        shape: of each, global.
+        partitions: where they lie in each layout; nothing but the first dimension is split.
+        rows: of each, on a device, in each layout.
+        stride: rows on a device from one parameter to the next, in all layouts.
+    """
+
+    members: tuple[int, ...]
+    shape: tuple[int, ...]
+    partitions: Mapping[MeshLayout, PartitionSpec]
+    rows: Mapping[MeshLayout, int]
+    stride: int
+
+    def height(self, layout: MeshLayout) -> int:
+        """Rows of the array on a device."""
+        return (len(self.members) - 1) * self.stride + self.rows[layout]
+
+    def abstract(self, layout: MeshLayout, mesh: Mesh, dtype: jnp.dtype) -> Any:
+        """Return the array's shape, global, and its sharding."""
+        shards = self.shape[0] // self.rows[layout]
+        shape = (shards * self.height(layout), *self.shape[1:])
+        sharding = NamedSharding(mesh, self.partitions[layout])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def finer(
+        self, array: Array, coarse: MeshLayout, fine: MeshLayout, mesh: Mesh
+    ) -> tuple[Array, int]:
+        """Return the array in the layout that splits it further, and bytes copied.
+
+        Raises:
+            ValueError: a device would need rows that it does not have.
+        """
+        has, needs = (
+            NamedSharding(mesh, self.partitions[layout]).addressable_devices_indices_map(self.shape)
+            for layout in (coarse, fine)
+        )
+        if has == needs:
+            return array, 0
+        begins = {}
+        for device, index in needs.items():
+            start, stop, _ = (index or (slice(None),))[0].indices(self.shape[0])
+            first, last, _ = (has[device] or (slice(None),))[0].indices(self.shape[0])
+            if not first <= start <= stop <= last:
+                raise ValueError(
+                    f"{device} has rows {first}:{last} of {self.shape}, "
+                    f"{self.partitions[fine]} gives it {start}:{stop}"
+                )
+            begins[device] = start - first
+        wanted = self.abstract(fine, mesh, array.dtype)
+        return weight_views.rows(array, wanted.shape, wanted.sharding, begins)
+
+
+@dataclass(frozen=True)
+class WeightStacks:
+    """How the parameters of an engine's modules lie in arrays.
+
+    Attributes:
+        stacks: the arrays; together they have every parameter once.
+        dtype: of all of them.
+    """
+
+    stacks: tuple[Stack, ...]
+    dtype: jnp.dtype
+
+    @classmethod
+    def plan(
+        cls,
+        shapes: Sequence[tuple[int, ...]],
+        partitions: Mapping[MeshLayout, Sequence[PartitionSpec]],
+        dtype: jnp.dtype,
+        mesh: Mesh,
+        together: bool | None = None,
+    ) -> WeightStacks:
+        """Stack parameters that are alike.
+
+        Args:
+            shapes: of the parameters, global.
+            partitions: in each layout, of each parameter.
+            dtype: of all.
+            mesh: the devices.
+            together: whether to stack any; `None`: on GPUs.
+        """
+        if together is None:
+            together = mesh.devices.flat[0].platform == "gpu"
+        alike: dict[object, list[int]] = {}
+        for i, shape in enumerate(shapes):
+            lies = tuple(partitions[layout][i] for layout in partitions)
+            alike.setdefault((shape, lies), []).append(i)
+        groups = (
+            [members] if together and len(members) >= FEWEST else [[i] for i in members]
+            for members in alike.values()
+        )
+        stacks = []
+        for members in sorted(itertools.chain.from_iterable(groups)):
+            first, count = members[0], len(members)
+            shape = shapes[first]
+            lies = {layout: partitions[layout][first] for layout in partitions}
+            rows = {layout: shape[0] // _shards(at, mesh) for layout, at in lies.items()}
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            multiple = ALIGNMENT // math.gcd(ALIGNMENT, row_bytes) if count > 1 else 1
+            stride = -(-max(rows.values()) // multiple) * multiple
+            stacks.append(Stack(tuple(members), shape, lies, rows, stride))
+        return cls(tuple(stacks), dtype)
+
+    def followed_by(self, other: WeightStacks) -> WeightStacks:
+        """Return how these parameters and then those of `other` lie."""
+        count = sum(len(stack.members) for stack in self.stacks)
+        moved = (
+            replace(stack, members=tuple(count + i for i in stack.members))
+            for stack in other.stacks
+        )
+        return replace(self, stacks=(*self.stacks, *moved))
+
+    def partitions(self, layout: MeshLayout) -> tuple[PartitionSpec, ...]:
+        """Where each array lies."""
+        return tuple(stack.partitions[layout] for stack in self.stacks)
+
+    def abstract(self, layout: MeshLayout, mesh: Mesh) -> tuple[Any, ...]:
+        """Return each array's shape, global, and its sharding."""
+        return tuple(stack.abstract(layout, mesh, self.dtype) for stack in self.stacks)
+
+    def fill(
+        self, parameters: Iterable[Array], layout: MeshLayout, mesh: Mesh
+    ) -> tuple[Array, ...]:
+        """Make the arrays of parameters that come one by one, in their order.
+
+        Arrays of several are there before the first parameter, and no parameter of theirs is kept:
+        so nothing is left that would divide the device's memory.
+        """
+        arrays: list[Array | None] = [
+            _zeros(stack.abstract(layout, mesh, self.dtype)) if len(stack.members) > 1 else None
+            for stack in self.stacks
+        ]
+        places = {
+            member: (i, j)
+            for i, stack in enumerate(self.stacks)
+            for j, member in enumerate(stack.members)
+        }
+        for member, parameter in enumerate(parameters):
+            i, j = places[member]
+            array, stack = arrays[i], self.stacks[i]
+            if array is None:
+                arrays[i] = parameter
+            else:
+                begin = np.int32(j * stack.stride)
+                arrays[i] = _write(array, parameter, begin, mesh, stack.partitions[layout])
+        return tuple(array for array in arrays if array is not None)
+
+    def finer(
+        self, arrays: Sequence[Array], coarse: MeshLayout, fine: MeshLayout, mesh: Mesh
+    ) -> tuple[tuple[Array, ...], int]:
+        """Return the arrays in the layout that splits them further, and bytes copied.
+
+        The results do not keep the memory alive, see `weight_views`.
+
+        Raises:
+            ValueError: a device would need rows that it does not have.
+        """
+        views = [
+            stack.finer(array, coarse, fine, mesh)
+            for stack, array in zip(self.stacks, arrays, strict=True)
+        ]
+        return tuple(view for view, _ in views), sum(copied for _, copied in views)
+
+    def parameters(self, arrays: Sequence[Array], layout: MeshLayout) -> tuple[Array, ...]:
+        """Slice a device's parameters from its part of the arrays: the beginning of a program."""
+        found: dict[int, Array] = {}
+        for stack, array in zip(self.stacks, arrays, strict=True):
+            rows = stack.rows[layout]
+            for i, member in enumerate(stack.members):
+                begin = i * stack.stride
+                found[member] = jax.lax.slice_in_dim(array, begin, begin + rows)
+        return tuple(found[member] for member in range(len(found)))
+
+
+def _shards(partition: PartitionSpec, mesh: Mesh) -> int:
+    """Return into how many parts the first dimension is split."""
+    axes = (partition[0] if len(partition) else None) or ()
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def _zeros(array: jax.ShapeDtypeStruct) -> Array:
+    return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "partition"), donate_argnames="array")
+def _write(
+    array: Array, parameter: Array, begin: Array, mesh: Mesh, partition: PartitionSpec
+) -> Array:
+    """Put a parameter into an array, in place: each device its rows, from `begin` on."""
+    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        update, mesh=mesh, in_specs=(partition, partition, everywhere), out_specs=partition
+    )(array, parameter, begin)

@@ -1,0 +1,130 @@
+"""Parameters of one shape in one array: in every layout each is what it was."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from arctic_jax.shift_parallel import ALONE, MeshLayout, make_mesh, shift, ulysses
+from arctic_jax.weight_stacks import ALIGNMENT, WeightStacks
+
+# Two matrices a layer, a bias, a norm of an odd length, and something there is only one of.
+LAYERS = 3
+KINDS = {
+    "qkv": ((8, 4, 64), "heads"),
+    "down": ((16, 128), "ffn"),
+    "bias": ((8, 5), "heads"),
+    "norm": ((70,), None),
+    "upper": ((16, 128), "narrow"),
+}
+PARAMETERS = [((64, 32), "vocab"), *(kind for _ in range(LAYERS) for kind in KINDS.values())]
+
+
+def stacked(
+    tp: int, sp: int, layouts: list[MeshLayout], dtype: str = "float32", together: bool = True
+) -> tuple[WeightStacks, list[jax.Array], tuple[jax.Array, ...]]:
+    """How the parameters lie, they themselves, and their arrays in the last layout."""
+    mesh = make_mesh(tp, sp)
+    partitions = {at: [at.partition(axis) for _, axis in PARAMETERS] for at in layouts}
+    shapes = [shape for shape, _ in PARAMETERS]
+    stacks = WeightStacks.plan(shapes, partitions, jnp.dtype(dtype), mesh, together)
+    rng = np.random.default_rng(0)
+    parameters = [
+        jax.device_put(
+            jnp.asarray(rng.standard_normal(shape), dtype),
+            NamedSharding(mesh, layouts[-1].partition(axis)),
+        )
+        for shape, axis in PARAMETERS
+    ]
+    return stacks, parameters, stacks.fill(parameters, layouts[-1], mesh)
+
+
+def sliced(
+    stacks: WeightStacks, arrays: tuple[jax.Array, ...], layout: MeshLayout, tp: int, sp: int
+) -> tuple[jax.Array, ...]:
+    """What a program finds in the arrays."""
+    return jax.jit(
+        jax.shard_map(
+            functools.partial(stacks.parameters, layout=layout),
+            mesh=make_mesh(tp, sp),
+            in_specs=(stacks.partitions(layout),),
+            out_specs=tuple(layout.partition(axis) for _, axis in PARAMETERS),
+        )
+    )(arrays)
+
+
+@pytest.mark.parametrize(("tp", "sp"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 8), (2, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_are_found_in_both_layouts(tp: int, sp: int, dtype: str) -> None:
+    mesh, few, many = make_mesh(tp, sp), shift(tp, sp), ulysses(tp, sp)
+    stacks, parameters, arrays = stacked(tp, sp, [few, many], dtype)
+    finer, _ = stacks.finer(arrays, many, few, mesh)
+    for layout, whole in ((many, arrays), (few, finer)):
+        assert [array.sharding for array in whole] == [
+            abstract.sharding for abstract in stacks.abstract(layout, mesh)
+        ]
+        assert [array.shape for array in whole] == [
+            abstract.shape for abstract in stacks.abstract(layout, mesh)
+        ]
+        for found, wanted in zip(sliced(stacks, whole, layout, tp, sp), parameters, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_finer_arrays_are_views() -> None:
+    tp, sp = 2, 2
+    mesh, few, many = make_mesh(tp, sp), shift(tp, sp), ulysses(tp, sp)
+    stacks, _, arrays = stacked(tp, sp, [few, many])
+    finer, copied = stacks.finer(arrays, many, few, mesh)
+    bias = next(i for i, stack in enumerate(stacks.stacks) if stack.shape == KINDS["bias"][0])
+    for i, (fine, coarse) in enumerate(zip(finer, arrays, strict=True)):
+        for view, whole in zip(fine.addressable_shards, coarse.addressable_shards, strict=True):
+            offset = view.data.unsafe_buffer_pointer() - whole.data.unsafe_buffer_pointer()
+            if i != bias:  # half of its rows are 40 bytes, where no program takes an argument
+                assert 0 <= offset <= whole.data.nbytes - view.data.nbytes
+    assert copied == 2 * stacks.stacks[bias].height(few) * 5 * 4
+
+
+def test_every_parameter_begins_where_programs_take_arguments() -> None:
+    stacks, _, _ = stacked(1, 1, [ALONE])
+    for stack in stacks.stacks:
+        nbytes = stack.stride * int(np.prod(stack.shape[1:], dtype=int)) * 4
+        assert len(stack.members) == 1 or nbytes % ALIGNMENT == 0
+
+
+def test_alike_is_what_has_one_shape_and_lies_alike() -> None:
+    """`down` and `upper` have the same shape; the latter is split over more devices."""
+    stacks, _, _ = stacked(2, 2, [shift(2, 2), ulysses(2, 2)])
+    shape = KINDS["down"][0]
+    assert [len(stack.members) for stack in stacks.stacks if stack.shape == shape] == [3, 3]
+    alone, _, arrays = stacked(2, 2, [shift(2, 2)])
+    assert [len(stack.members) for stack in alone.stacks if stack.shape == shape] == [6]
+    assert len(arrays) == len(KINDS)
+
+
+def test_apart_every_parameter_is_itself() -> None:
+    stacks, parameters, arrays = stacked(1, 2, [ulysses(1, 2)], together=False)
+    assert all(array is parameter for array, parameter in zip(arrays, parameters, strict=True))
+    found = sliced(stacks, arrays, ulysses(1, 2), 1, 2)
+    for parameter, wanted in zip(found, parameters, strict=True):
+        np.testing.assert_array_equal(parameter, wanted)
+
+
+def test_a_second_module_comes_behind_the_first() -> None:
+    stacks, parameters, arrays = stacked(1, 1, [ALONE])
+    both = stacks.followed_by(stacks)
+    found = jax.jit(functools.partial(both.parameters, layout=ALONE))((*arrays, *arrays))
+    for parameter, wanted in zip(found, parameters * 2, strict=True):
+        np.testing.assert_array_equal(parameter, wanted)
+
+
+def test_rows_that_a_device_does_not_have_are_refused() -> None:
+    mesh, many = make_mesh(2, 2), ulysses(2, 2)
+    other = MeshLayout("other", (), ("sp", "tp"), ("sp", "tp"))
+    lies = {other: [PartitionSpec(("sp", "tp"))], many: [PartitionSpec("tp")]}
+    stacks = WeightStacks.plan([(16, 256)], lies, jnp.dtype("float32"), mesh)
+    array = jax.device_put(jnp.zeros((16, 256)), NamedSharding(mesh, PartitionSpec("tp")))
+    with pytest.raises(ValueError, match=r"has rows 0:8 of \(16, 256\), .* gives it 8:12"):
+        stacks.finer([array], many, other, mesh)
