@@ -17,7 +17,9 @@ from arctic_jax.engine.drafting import ModelDrafting
 from arctic_jax.engine.lowering import LoweringPool
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.step_program import Step, StepProgram
+from arctic_jax.models.layers import named_parameters
 from arctic_jax.pallas_kernels import dispatch
+from arctic_jax.weight_stacks import WeightStacks
 
 PROMPTS = [[1, 2, 3], list(range(4, 40))]
 
@@ -72,7 +74,7 @@ def test_kernels_are_lowered_where_there_is_no_gpu(with_draft_model: bool, tmp_p
         write_files(tmp_path, CONFIG, make_tensors())
         options["speculative_config"] = {"method": "draft_model", "model": str(tmp_path)}
     program, mesh, step = parts(**options)
-    exported = for_hopper(kernels_fit(program), mesh, step)
+    exported = for_hopper(stacked(kernels_fit(program), mesh), mesh, step)
     assert exported.platforms == ("cuda",)
     assert "mosaic_gpu" in exported.mlir_module()
 
@@ -84,7 +86,7 @@ def test_inboxes_replace_every_sum_of_few_tokens(has_inboxes: bool) -> None:
     program = kernels_fit(program)
     model_config = replace(program.model_config, hidden_size=1024)
     program = replace(program, model_config=model_config, has_inboxes=has_inboxes)
-    text = for_hopper(program, mesh, step).mlir_module()
+    text = for_hopper(stacked(program, mesh), mesh, step).mlir_module()
     assert ("stablehlo.all_reduce" in text) is not has_inboxes
     assert "stablehlo.all_gather" in text  # of the logits
 
@@ -98,6 +100,18 @@ def kernels_fit(program: StepProgram) -> StepProgram:
     models = tuple(replace(model, head_dim=64) for model in program.cache.models)
     cache = replace(program.cache, models=models, block_size=16, dtype=jnp.dtype("bfloat16"))
     return replace(program, model_config=model_config, drafting=drafting, cache=cache)
+
+
+def stacked(program: StepProgram, mesh: Mesh) -> StepProgram:
+    """The program with the arrays that a GPU's would have for the parameters of its modules."""
+    variables = named_parameters(program._modules()).values()
+    axes = [variable.get_metadata("axis") for variable in variables]
+    layouts = program.weights.stacks[0].partitions
+    partitions = {layout: tuple(map(layout.partition, axes)) for layout in layouts}
+    shapes = [variable.shape for variable in variables]
+    weights = WeightStacks.plan(shapes, partitions, program.cache.dtype, mesh, together=True)
+    assert len(weights.stacks) < len(shapes)
+    return replace(program, weights=weights)
 
 
 def for_hopper(program: StepProgram, mesh: Mesh, step: Step) -> jax.export.Exported:
