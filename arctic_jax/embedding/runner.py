@@ -36,8 +36,7 @@ from arctic_jax.models.layers import named_parameters
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.segment_attention.op import skips_other_segments
 from arctic_jax.progress import Report, counted, passing, silent
-from arctic_jax.shift_parallel import ALONE, make_mesh
-from arctic_jax.weight_stacks import COMPILER_OPTIONS, WeightStacks
+from arctic_jax.shift_parallel import make_mesh
 from arctic_jax.weights import Checkpoint, ParameterSpec, Renamed
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class EncoderRunner:
         )
         model = nnx.eval_shape(lambda: model_class(model_config, load.implementation))
         self._structure = jax.tree.structure(model)
-        self._leaves, self._stacks = self._load(model, checkpoint, load.seed, report)
+        self._leaves = self._load(model, checkpoint, load.seed, report)
         self._store = ProgramStore(
             program_store.default_directory(),
             self.mesh.devices.flatten().tolist(),
@@ -123,26 +122,22 @@ class EncoderRunner:
 
     def _load(
         self, model: Encoder, checkpoint: Checkpoint | None, seed: int, report: Report
-    ) -> tuple[tuple[Array, ...], WeightStacks]:
+    ) -> tuple[Array, ...]:
         parameters = {
             path: ParameterSpec(variable.shape, self.dtype, PartitionSpec())
             for path, variable in named_parameters(model).items()
         }
-        shapes = [spec.shape for spec in parameters.values()]
-        replicated = [spec.partition for spec in parameters.values()]
-        stacks = WeightStacks.plan(shapes, {ALONE: replicated}, self.dtype, self.mesh)
         if checkpoint is None:
             placed = weights.random(parameters, self.mesh, seed)
         else:
             renamed = _renamed(model, checkpoint)
             placed = weights.load(parameters, model.weight_sources(), renamed, self.mesh)
-        placed = passing(placed, counted(report, "Loading weights", len(parameters)))
-        return stacks.fill((array for _, array in placed), ALONE, self.mesh), stacks
+        advance = counted(report, "Loading weights", len(parameters))
+        return tuple(array for _, array in passing(placed, advance))
 
     def _run(self, leaves: tuple[Array, ...], packed: Array, bucket: EncoderBucket) -> Array:
         """Compute a batch: the program of `bucket`."""
-        parameters = self._stacks.parameters(leaves, ALONE)
-        model: Encoder = jax.tree.unflatten(self._structure, parameters)
+        model: Encoder = jax.tree.unflatten(self._structure, leaves)
         batch = unpack(packed, bucket)
         vectors = pool(model(batch, bucket.window), batch, self.settings.pooling)
         return normalize(vectors) if self.settings.normalize else vectors
@@ -170,7 +165,7 @@ class EncoderRunner:
         return programs
 
     def _compile_lowered(self, bucket: EncoderBucket, lowered: jax.stages.Lowered) -> Compiled:
-        program = lowered.compile(COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform))
+        program = lowered.compile()
         self._store.save(bucket, program)
         return program
 
