@@ -11,13 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from arctic_jax.shift_parallel import ALONE, MeshLayout, make_mesh, shift, ulysses
 from arctic_jax.weight_stacks import ALIGNMENT, WeightStacks
 
-# Two matrices a layer, a bias, a norm of an odd length, and something there is only one of.
+# Of each layer some matrices, a norm, and what XLA would copy slices of; and what there is one of.
 LAYERS = 3
 KINDS = {
     "qkv": ((8, 4, 64), "heads"),
     "down": ((16, 128), "ffn"),
     "bias": ((8, 5), "heads"),
-    "norm": ((70,), None),
+    "norm": ((128,), None),
+    "odd": ((70,), None),
     "upper": ((16, 128), "narrow"),
 }
 PARAMETERS = [((64, 32), "vocab"), *(kind for _ in range(LAYERS) for kind in KINDS.values())]
@@ -78,20 +79,26 @@ def test_the_finer_arrays_are_views() -> None:
     mesh, few, many = make_mesh(tp, sp), shift(tp, sp), ulysses(tp, sp)
     stacks, _, arrays = stacked(tp, sp, [few, many])
     finer, copied = stacks.finer(arrays, many, few, mesh)
-    bias = next(i for i, stack in enumerate(stacks.stacks) if stack.shape == KINDS["bias"][0])
-    for i, (fine, coarse) in enumerate(zip(finer, arrays, strict=True)):
+    for stack, fine, coarse in zip(stacks.stacks, finer, arrays, strict=True):
+        if stack.shape == KINDS["bias"][0]:
+            continue
         for view, whole in zip(fine.addressable_shards, coarse.addressable_shards, strict=True):
             offset = view.data.unsafe_buffer_pointer() - whole.data.unsafe_buffer_pointer()
-            if i != bias:  # half of its rows are 40 bytes, where no program takes an argument
-                assert 0 <= offset <= whole.data.nbytes - view.data.nbytes
-    assert copied == 2 * stacks.stacks[bias].height(few) * 5 * 4
+            assert 0 <= offset <= whole.data.nbytes - view.data.nbytes
+    # Half a bias is 40 bytes: no program takes what begins there.
+    assert copied == LAYERS * tp * 40
 
 
-def test_every_parameter_begins_where_programs_take_arguments() -> None:
-    stacks, _, _ = stacked(1, 1, [ALONE])
+def test_what_xla_would_copy_stays_apart() -> None:
+    few, many = shift(2, 2), ulysses(2, 2)
+    stacks, _, _ = stacked(2, 2, [few, many])
+    counts = {stack.shape: len(stack.members) for stack in stacks.stacks}
+    assert counts[KINDS["norm"][0]] == LAYERS
+    assert counts[KINDS["bias"][0]] == counts[KINDS["odd"][0]] == 1
     for stack in stacks.stacks:
-        nbytes = stack.stride * int(np.prod(stack.shape[1:], dtype=int)) * 4
-        assert len(stack.members) == 1 or nbytes % ALIGNMENT == 0
+        row = int(np.prod(stack.shape[1:], dtype=int)) * 4
+        for rows in (stack.stride, stack.rows[few], stack.rows[many]):
+            assert len(stack.members) == 1 or rows * row % ALIGNMENT == 0
 
 
 def test_alike_is_what_has_one_shape_and_lies_alike() -> None:
@@ -101,7 +108,7 @@ def test_alike_is_what_has_one_shape_and_lies_alike() -> None:
     assert [len(stack.members) for stack in stacks.stacks if stack.shape == shape] == [3, 3]
     alone, _, arrays = stacked(2, 2, [shift(2, 2)])
     assert [len(stack.members) for stack in alone.stacks if stack.shape == shape] == [6]
-    assert len(arrays) == len(KINDS)
+    assert len(arrays) == 4 + 2 * LAYERS
 
 
 def test_apart_every_parameter_is_itself() -> None:

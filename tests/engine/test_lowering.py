@@ -21,6 +21,7 @@ from arctic_jax.models.layers import named_parameters
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.weight_stacks import WeightStacks
 
+LAYERS = 3
 PROMPTS = [[1, 2, 3], list(range(4, 40))]
 
 
@@ -93,11 +94,11 @@ def test_inboxes_replace_every_sum_of_few_tokens(has_inboxes: bool) -> None:
 
 def kernels_fit(program: StepProgram) -> StepProgram:
     """The program with sizes that the kernels take."""
-    model_config = replace(program.model_config, head_dim=64)
+    model_config = replace(program.model_config, head_dim=64, num_hidden_layers=LAYERS)
     drafting = program.drafting
     if isinstance(drafting, ModelDrafting):
         drafting = replace(drafting, config=model_config, block_size=16)
-    models = tuple(replace(model, head_dim=64) for model in program.cache.models)
+    models = tuple(replace(model, num_layers=LAYERS, head_dim=64) for model in program.cache.models)
     cache = replace(program.cache, models=models, block_size=16, dtype=jnp.dtype("bfloat16"))
     return replace(program, model_config=model_config, drafting=drafting, cache=cache)
 

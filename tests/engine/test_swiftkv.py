@@ -168,13 +168,15 @@ def test_weights_are_not_stored_twice() -> None:
         for view, whole in zip(fine.addressable_shards, coarse.addressable_shards, strict=True):
             offset = view.data.unsafe_buffer_pointer() - whole.data.unsafe_buffer_pointer()
             assert 0 <= offset <= whole.data.nbytes - view.data.nbytes
-    tree = jax.tree.structure(engine.runner.programs._program._modules())
-    model, _ = jax.tree.unflatten(tree, many)
+    program, coarse = engine.runner.programs._program, engine.runner.layouts[-1]
     parts = {
-        path: leaf.shape[0] // leaf[...].addressable_shards[0].data.shape[0]
-        for path, leaf in named_parameters(model).items()
+        member: stack.shape[0] // stack.rows[coarse]
+        for stack in program.weights.stacks
+        for member in stack.members
     }
-    for path, number in parts.items():
+    model, _ = program._modules()
+    for member, path in enumerate(named_parameters(model)):
+        number = parts[member]
         upper = path.startswith(("upper", "embed", "lm_head"))
         assert number == (1 if "norm" in path else 4 if upper else 2), path
 
