@@ -73,7 +73,12 @@ class MeshLayout:
 
     def to_heads(self, x: Array) -> Array:
         """`[tokens/SP, groups/TP, w]` to `[tokens, groups/(TP·SP), w]`: one all-to-all."""
-        return lax.all_to_all(x, self.tokens, 1, 0, tiled=True) if self.tokens else x
+        if not self.tokens:
+            return x
+        # Told to split dimension 1 and to join along 0, XLA for GPUs would transpose twice.
+        tokens, _, width = x.shape
+        parts = x.reshape(tokens, lax.axis_size(self.tokens), -1, width).swapaxes(0, 1)
+        return lax.all_to_all(parts, self.tokens, 0, 0).reshape(-1, *parts.shape[2:])
 
     def to_tokens(self, x: Array) -> Array:
         """`[tokens, groups/(TP·SP), w]` back to `[tokens/SP, groups/TP, w]`: one all-to-all."""
