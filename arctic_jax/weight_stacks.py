@@ -35,9 +35,6 @@ ALIGNMENT = 256
 FEWEST = 3
 """Parameters of a stack. So an output matrix stays apart from the embedding, of which XLA would
 perhaps copy what it gathers a few rows from."""
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
-"""By platform. XLA's own products, by Triton, would get copies of slices. They were no faster, and
-take longer to compile (benchmarks/results/h200/weight_stacks.json)."""
 
 
 @dataclass(frozen=True)

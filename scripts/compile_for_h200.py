@@ -25,6 +25,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec
 
+from arctic_jax.engine.programs import COMPILER_OPTIONS
 from arctic_jax.engine.step_program import Step, StepProgram
 from arctic_jax.kv_cache import KVCacheSpec, ModelCacheSpec
 from arctic_jax.models.layers import named_parameters
@@ -32,7 +33,7 @@ from arctic_jax.models.registry import model_class
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import shift, ulysses
-from arctic_jax.weight_stacks import COMPILER_OPTIONS, WeightStacks
+from arctic_jax.weight_stacks import WeightStacks
 
 BLOCK_SIZE = 64
 H200 = """

@@ -29,9 +29,20 @@ from arctic_jax.kv_cache import KVCaches
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import MeshLayout
-from arctic_jax.weight_stacks import COMPILER_OPTIONS
 
 logger = logging.getLogger(__name__)
+
+COMPILER_OPTIONS = {
+    "gpu": {
+        # XLA's own products would get copies of the weights' slices (`weight_stacks.py`). They were
+        # no faster, and take longer to compile (benchmarks/results/h200/weight_stacks.json).
+        "xla_gpu_enable_triton_gemm": False,
+        # It counts the cache twice, as argument and as result, and in vain computes small things
+        # anew in every layer to save memory.
+        "xla_disable_hlo_passes": "rematerialization",
+    }
+}
+"""By platform."""
 
 
 class ProgramCache:

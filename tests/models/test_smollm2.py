@@ -4,8 +4,10 @@ The goldens were computed from the packaged weights, so these are used whatever 
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,6 +26,15 @@ def model() -> str:
         return str(resolve_model(PACKAGED_MODEL))
     except ModelNotFoundError as error:
         pytest.skip(f"the packaged model cannot be had here: {error}")
+
+
+@pytest.fixture(autouse=True)
+def optimized() -> Iterator[None]:
+    """Programs that compute for long: here XLA's optimizations cost less than they gain."""
+    usual = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", usual)
 
 
 def make_llm(model: str, **options: object) -> LLM:
