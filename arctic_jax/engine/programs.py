@@ -37,9 +37,10 @@ COMPILER_OPTIONS = {
         # XLA's own products would get copies of the weights' slices (`weight_stacks.py`). They were
         # no faster, and take longer to compile (benchmarks/results/h200/weight_stacks.json).
         "xla_gpu_enable_triton_gemm": False,
-        # It counts the cache twice, as argument and as result, and in vain computes small things
-        # anew in every layer to save memory.
-        "xla_disable_hlo_passes": "rematerialization",
+        # The first counts the cache twice, as argument and as result, and in vain computes small
+        # things anew in every layer to save memory. The second pads 2 to 7 tokens to 8 before every
+        # product and cuts its result, two more kernels each, which cuBLAS has no need of.
+        "xla_disable_hlo_passes": "rematerialization,cublas-pad-for-gemms",
     }
 }
 """By platform."""
