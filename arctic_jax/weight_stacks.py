@@ -46,14 +46,17 @@ class Stack:
         shape: of each, global.
         partitions: where they lie in each layout; nothing but the first dimension is split.
         rows: of each, on a device, in each layout.
-        stride: rows on a device from one parameter to the next, in all layouts.
     """
 
     members: tuple[int, ...]
     shape: tuple[int, ...]
     partitions: Mapping[MeshLayout, PartitionSpec]
     rows: Mapping[MeshLayout, int]
-    stride: int
+
+    @property
+    def stride(self) -> int:
+        """Rows on a device from one parameter to the next: in all layouts those of the coarsest."""
+        return max(self.rows.values())
 
     def height(self, layout: MeshLayout) -> int:
         """Rows of the array on a device."""
@@ -134,14 +137,14 @@ class WeightStacks:
         for first, *others in alike.values():
             shape = shapes[first]
             lies = {layout: partitions[layout][first] for layout in partitions}
-            rows = {layout: shape[0] // _shards(at, mesh) for layout, at in lies.items()}
+            rows = {at: NamedSharding(mesh, lies[at]).shard_shape(shape)[0] for at in lies}
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
             fit = all(count * row_bytes % ALIGNMENT == 0 for count in rows.values())
             if together and fit and len(others) + 1 >= FEWEST:
                 groups = [(first, *others)]
             else:
                 groups = [(i,) for i in (first, *others)]
-            stacks += [Stack(members, shape, lies, rows, max(rows.values())) for members in groups]
+            stacks += [Stack(members, shape, lies, rows) for members in groups]
         stacks.sort(key=lambda stack: stack.members)
         return cls(tuple(stacks), dtype)
 
@@ -214,12 +217,6 @@ class WeightStacks:
                 begin = i * stack.stride
                 found[member] = jax.lax.slice_in_dim(array, begin, begin + rows)
         return tuple(found[member] for member in range(len(found)))
-
-
-def _shards(partition: PartitionSpec, mesh: Mesh) -> int:
-    """Return into how many parts the first dimension is split."""
-    axes = (partition[0] if len(partition) else None) or ()
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def _zeros(array: jax.ShapeDtypeStruct) -> Array:

@@ -338,16 +338,19 @@ def load(
     def placed() -> Iterator[tuple[str, jax.Array]]:
         readers = ThreadPoolExecutor(READERS)
         reads: deque[tuple[str, Future[jax.Array]]] = deque()
+
+        def oldest() -> tuple[str, jax.Array]:
+            path, read = reads.popleft()
+            return path, read.result()
+
         try:
             for path, spec in parameters.items():
                 read = readers.submit(_place, spec, sources[path], checkpoint, mesh)
                 reads.append((path, read))
                 if len(reads) == 2 * READERS:
-                    path, read = reads.popleft()
-                    yield path, read.result()
+                    yield oldest()
             while reads:
-                path, read = reads.popleft()
-                yield path, read.result()
+                yield oldest()
         finally:
             readers.shutdown(cancel_futures=True)
 

@@ -89,6 +89,23 @@ def test_the_finer_arrays_are_views() -> None:
     assert copied == LAYERS * tp * 40
 
 
+def test_what_is_not_split_further_is_the_same_array() -> None:
+    mesh, few, many = make_mesh(2, 2), shift(2, 2), ulysses(2, 2)
+    stacks, _, arrays = stacked(2, 2, [few, many])
+    finer, _ = stacks.finer(arrays, many, few, mesh)
+    same = [
+        stack.shape
+        for stack, fine, array in zip(stacks.stacks, finer, arrays, strict=True)
+        if fine is array
+    ]
+    # The vocabulary, `upper` (`down` has its shape), norms, and those that stay apart.
+    assert same == [
+        (64, 32),
+        *(KINDS[kind][0] for kind in ("norm", "odd", "upper")),
+        *[KINDS["odd"][0]] * (LAYERS - 1),
+    ]
+
+
 def test_what_xla_would_copy_stays_apart() -> None:
     few, many = shift(2, 2), ulysses(2, 2)
     stacks, _, _ = stacked(2, 2, [few, many])

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from arctic_jax.errors import CheckpointError
 from arctic_jax.loading.safetensors_checkpoint import SafetensorsCheckpoint
+from arctic_jax.progress import passing
 from arctic_jax.shift_parallel import make_mesh
 from arctic_jax.weights import QKV, READERS, Columns, Experts, GateUp, ParameterSpec, Rows, load
 
@@ -93,7 +94,10 @@ def test_experts_are_read_one_by_one(checkpoint, monkeypatch):
 def test_load_places_and_casts(checkpoint):
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("tp", "sp"))
     spec = ParameterSpec((FFN, HIDDEN), jnp.dtype(jnp.bfloat16), PartitionSpec(("tp", "sp")))
-    placed = dict(load({"w": spec}, {"w": Rows("up")}, checkpoint, mesh))
+    loaded: list[int] = []
+    reads = load({"w": spec}, {"w": Rows("up")}, checkpoint, mesh)
+    placed = dict(passing(reads, lambda: loaded.append(1)))
+    assert loaded == [1]
     np.testing.assert_array_equal(
         jax.device_get(placed["w"]), TENSORS["up"].astype(jnp.dtype(jnp.bfloat16))
     )

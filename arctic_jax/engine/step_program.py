@@ -60,8 +60,7 @@ class StepProgram:
     `StepOutput`: as an argument the one of the step before, whose tokens its successor takes before
     the host has seen them. `leaves` are the arrays of the parameters, the model's and then the
     drafter's: rebuilding the modules from them happens while the program is traced, not at each
-    call.
-    `inboxes` are `Inboxes.addresses`, or `None`.
+    call. `inboxes` are `Inboxes.addresses`, or `None`.
 
     Nothing but `packed` lies at another address from step to step. On a GPU a program is a CUDA
     graph, and changed addresses cost as much of the host's time as all the rest of a launch.
