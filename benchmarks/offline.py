@@ -8,6 +8,7 @@ docs/performance.md. Each figure is the median of `--repeats` runs after one tha
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -15,7 +16,6 @@ import logging
 import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ import jax
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams, __version__
+from arctic_jax.request import RequestOutputKind
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+# Nobody looks on, so prompts are computed in full steps, and contexts are of one length.
+UNWATCHED = dataclasses.replace(ENDLESS, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def main() -> None:
@@ -87,7 +90,7 @@ def main() -> None:
         "ready_s": time.perf_counter() - start,
         "num_blocks": llm.engine.runner.num_blocks,
         "cache_tokens": llm.engine.runner.num_blocks * llm.engine.config.cache.block_size,
-        "crossover": asdict(llm.engine.runner.crossover),
+        "crossover": dataclasses.asdict(llm.engine.runner.crossover),
         "bytes_in_use": [(d.memory_stats() or {}).get("bytes_in_use") for d in jax.devices()],
     }
     print(f"ready after {result['ready_s']:.1f} s, {result['num_blocks']} blocks", flush=True)
@@ -159,7 +162,7 @@ class Bench:
     def decode_steps(self, batch: int, input_len: int, steps: int) -> list[float]:
         """Times of single steps while all requests of a batch decode."""
         engine = self.llm.engine
-        ids = self._start(batch, input_len)
+        ids = self._start(batch, input_len, UNWATCHED)
         times = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -172,7 +175,7 @@ class Bench:
     def stall(self, streams: int, length: int) -> dict[str, float]:
         """Time between tokens of `streams` answers, alone and while a prompt is computed."""
         engine = self.llm.engine
-        ids = self._start(streams, 1024)
+        ids = self._start(streams, 1024, ENDLESS)
         alone, beside, long = [], [], None
         for step in range(2000):
             if step == 50:
@@ -212,12 +215,12 @@ class Bench:
             with trace(directory / f"decode_{batch}"):
                 self.decode_steps(batch, input_len, 8)
 
-    def _start(self, batch: int, input_len: int) -> list[str]:
+    def _start(self, batch: int, input_len: int, params: SamplingParams) -> list[str]:
         """Step until all requests of a batch decode; return their ids."""
         engine = self.llm.engine
         ids = [f"bench-{i}" for i in range(batch)]
         for name, prompt in zip(ids, self._prompts(batch, input_len), strict=True):
-            engine.add_request(name, prompt, ENDLESS)
+            engine.add_request(name, prompt, params)
         while engine.scheduler.waiting or any(
             r.num_tokens == r.num_prompt_tokens for r in engine.scheduler.running
         ):

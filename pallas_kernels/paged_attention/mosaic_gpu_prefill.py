@@ -1,9 +1,11 @@
 """Paged attention for prompt chunks on Hopper, alone or beside decode rows in one batch.
 
-Called by `op.paged_attention`. A thread block takes one head and one tile of 128 rows of the flat
-query array, for one of the sequences that have rows there: one warpgroup brings the blocks of keys
-and values in by TMA, two multiply, 64 rows each, so that one has the tensor cores while the other
-computes exponentials. Sequences with a single query go to the decode kernel.
+Called by `op.paged_attention`. An item of work is one head and one tile of 128 rows of the flat
+query array, for one of the sequences that have rows there. There is a thread block for each
+multiprocessor, which takes item after item: one warpgroup brings queries and the blocks of keys and
+values in by TMA, those of the next item while the last one is being finished; two multiply, 64 rows
+each, so that one has the tensor cores while the other computes exponentials. Sequences with a
+single query go to the decode kernel.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from arctic_jax.pallas_kernels.paged_cache import all_blocks
 ROWS = 64  # of one compute warpgroup
 TILE = 2 * ROWS  # query rows of a thread block
 PRODUCER = 2  # index of the warpgroup that loads
+SMS = 132
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row without any key yields a number
 
@@ -39,11 +42,14 @@ class Config:
     Attributes:
         tile: keys a step.
         stages: steps whose keys and values are in shared memory or on their way.
+        shares: whether a result leaves through the memory of its queries, so that those of the next
+            item have to wait for it.
         take_turns: the compute warpgroups alternate between tensor cores and exponentials.
     """
 
     tile: int
     stages: int
+    shares: bool
     take_turns: bool = True
 
     def __post_init__(self):
@@ -55,7 +61,7 @@ class Config:
 
 def choose_config(D: int) -> Config:
     """Return the sizes for a head_dim; all of them fill the shared memory of a multiprocessor."""
-    return {64: Config(128, 4), 128: Config(128, 2), 256: Config(64, 2)}[D]
+    return {64: Config(128, 4, False), 128: Config(128, 2, False), 256: Config(64, 2, True)}[D]
 
 
 @functools.partial(
@@ -93,19 +99,25 @@ def mixed(
     config = config or choose_config(D)
     query_lens = jnp.diff(query_start_loc)
 
-    # The tiles of the flat query array that each chunk touches, the later (longer) ones first.
+    # The tiles of the flat query array that each chunk touches.
     is_chunk = query_lens > 1
     first_tile = query_start_loc[:-1] // TILE
     tiles = jnp.where(is_chunk, (query_start_loc[1:] - 1) // TILE - first_tile + 1, 0)
     ends = jnp.cumsum(tiles)
     item = jnp.arange(-(-T // TILE) + min(S, T // 2))
-    owner = jnp.searchsorted(ends, item, side="right")
-    sequence = jnp.minimum(owner, S - 1).astype(jnp.int32)
-    tile = (first_tile + ends - 1)[sequence] - item
-    work = jnp.stack([sequence, tile.astype(jnp.int32)])
-    # Many sequences can have one tile too many each, few do: a thread block without work takes
-    # 0.8 us of a multiprocessor, so there are few, and they take turns if they must.
-    workers = min(len(item), -(-T // TILE) + 8)
+    owner = jnp.searchsorted(ends, item, side="right", method="compare_all")  # without a loop
+    sequence = jnp.minimum(owner, S - 1)
+    of_sequence = jnp.stack([query_start_loc[:-1], query_start_loc[1:], seq_lens])
+    start, stop, length = of_sequence[:, sequence]
+    top = TILE * (first_tile + tiles - ends)[sequence] + TILE * item
+    # Those that see the most keys come first.
+    seen = length - stop + jnp.minimum(top + TILE, stop)
+    if sliding_window is not None:
+        seen = jnp.minimum(seen, sliding_window + TILE)
+    longest = jnp.argsort(jnp.where(item < ends[-1], -seen, 1))
+    work = jnp.stack([sequence, top, start, stop, length])[:, longest].astype(jnp.int32)
+    # In the interpreter few, so that they have several items there, too.
+    blocks = min(SMS if interpret is None else 3, H * len(item))
 
     masks = []
     if draft_mask is not None:
@@ -113,22 +125,22 @@ def mixed(
         masks = [jnp.stack([padded, num_hidden(padded)])]
 
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    queries = plgpu.SMEM((2, ROWS, D), q.dtype, transforms=swizzled)
+    result = plgpu.SMEM((2, ROWS, D), q.dtype)
     cache_tiles = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=swizzled)
     copies = config.tile // block_size if config.tile > block_size else 1
     scratch = {
-        "q_smem": plgpu.RefUnion(
-            plgpu.SMEM((2, ROWS, D), q.dtype, transforms=swizzled),
-            plgpu.SMEM((2, ROWS, D), q.dtype),  # the result leaves where the queries were
-        ),
+        "q_and_out_smem": plgpu.RefUnion(queries, result) if config.shares else (queries, result),
         "k_smem": cache_tiles,
         "v_smem": cache_tiles,
         # The interpreter knows no wgmma with an operand in registers.
         "p_smem": plgpu.SMEM((2, ROWS, config.tile), q.dtype, transforms=swizzled)
         if interpret
         else None,
-        "q_barriers": plgpu.Barrier(num_barriers=2),
+        "q_barrier": plgpu.Barrier(num_arrivals=2),
         "k_barriers": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
         "v_barriers": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
+        "q_read": plgpu.Barrier(num_arrivals=2),
         "k_read": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
         "v_read": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
         "clean": plgpu.Barrier(),
@@ -147,8 +159,8 @@ def mixed(
         body,
         out_type=jax.ShapeDtypeStruct((T, H, D), q.dtype),
         scratch_types=scratch,
-        grid=(H, workers),
-        grid_names=("head", "worker"),
+        grid=(blocks,),
+        grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -158,8 +170,6 @@ def mixed(
         jnp.pad(q, ((0, -T % 8), (0, 0), (0, 0))),
         *all_blocks(k_cache, v_cache, layer),
         block_tables,
-        query_start_loc,
-        seq_lens,
         work,
         ends[-1:].astype(jnp.int32),
         *masks,
@@ -185,9 +195,10 @@ def mixed(
 
 
 class _Item(NamedTuple):
-    """One tile of 128 rows of the flat query array, as far as one sequence has them.
+    """One head, and one tile of 128 rows of the flat query array, as far as one sequence has them.
 
     Attributes:
+        head: of the queries.
         sequence: whose rows.
         length: its tokens in the cache.
         top: first row of the tile.
@@ -197,6 +208,7 @@ class _Item(NamedTuple):
         full_begin, full_end: those whose keys all rows see.
     """
 
+    head: Array
     sequence: Array
     length: Array
     top: Array
@@ -209,12 +221,8 @@ class _Item(NamedTuple):
     end: Array
 
 
-def _item(
-    index, starts_gmem, lens_gmem, work_gmem, tile: int, window: int | None, most_hidden: int
-) -> _Item:
-    sequence, top = work_gmem[0, index], work_gmem[1, index] * TILE
-    length = lens_gmem[sequence]
-    start, stop = starts_gmem[sequence], starts_gmem[sequence + 1]
+def _item(head, work, tile: int, window: int | None, most_hidden: int) -> _Item:
+    sequence, top, start, stop, length = work
     low, high = jnp.maximum(start, top), jnp.minimum(stop, top + TILE)
     shift = length - stop
     end = lax.div(high + shift + (tile - 1), tile)
@@ -227,7 +235,8 @@ def _item(
         seen_by_all = jnp.maximum(high - 1 + shift - (window - 1), 0)
         full_begin = jnp.minimum(lax.div(seen_by_all + (tile - 1), tile), end)
         full_end = jnp.maximum(full_end, full_begin)
-    return _Item(sequence, length, top, low, high, shift, begin, full_begin, full_end, end)
+    rows = top, low, high
+    return _Item(head, sequence, length, *rows, shift, begin, full_begin, full_end, end)
 
 
 def _body(
@@ -236,10 +245,8 @@ def _body(
     v_gmem,  # [layers * blocks, KV, block_size, D]
     first_gmem,  # [1], the layer's first block
     tables_gmem,  # [S, B]
-    starts_gmem,  # [S + 1]
-    lens_gmem,  # [S]
-    work_gmem,  # [2, items]: sequence and tile of each item
-    count_gmem,  # [1], of the items
+    work_gmem,  # [5, tiles]: sequence, first row; of the sequence first row, end, tokens
+    count_gmem,  # [1], of the tiles
     *more_gmem,  # [2, T rounded up to 128]: masks and how many keys they hide, if there are draft
     # masks; then the result, [T, H, D]
     is_masked: bool,
@@ -248,78 +255,104 @@ def _body(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
-    q_smem,
+    q_and_out_smem,
     k_smem,
     v_smem,
     p_smem,
-    q_barriers,
+    q_barrier,
     k_barriers,
     v_barriers,
+    q_read,
     k_read,
     v_read,
     clean,
     turn,
 ):
     masks_gmem, (out_gmem,) = more_gmem[:is_masked], more_gmem[is_masked:]
-    q_smem, out_smem = q_smem
-    D, block_size, dtype = q_gmem.shape[2], k_gmem.shape[2], k_gmem.dtype
+    q_smem, out_smem = q_and_out_smem
+    _, heads, D = q_gmem.shape
+    block_size, dtype = k_gmem.shape[2], k_gmem.dtype
     tile, stages = config.tile, config.stages
-    head, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index("warpgroup")
     interpreted = p_smem is not None
     most_hidden = (MASK_BITS - 1) * is_masked
 
     def each_item(run):
-        """Run the items of this thread block; after each the barriers are as they were."""
+        """Run the items of this thread block: every n-th, from either end of n in turns.
 
-        @pl.loop(lax.axis_index("worker"), count_gmem[0], step=lax.axis_size("worker"))
-        def _(index):
-            item = _item(
-                index, starts_gmem, lens_gmem, work_gmem, tile, sliding_window, most_hidden
-            )
-            run(item)
+        Long ones come first, so that all thread blocks get about as much. `run` gets an item, how
+        many were before it, and their steps. How many there were in the end is returned.
+        """
+        block, blocks = lax.axis_index("block"), lax.axis_size("block")
+        count = count_gmem[0] * heads
 
-    def load(item: _Item):
-        first_block, steps = first_gmem[0], item.end - item.begin
+        def index(turn):
+            return turn * blocks + jnp.where(lax.rem(turn, 2) == 0, block, blocks - 1 - block)
+
+        def look_up(turn):
+            row = lax.div(jnp.clip(index(turn), 0, jnp.maximum(count - 1, 0)), heads)
+            return tuple(work_gmem[i, row] for i in range(5))
+
+        def run_one(turn, carry):
+            before, work = carry
+            following = look_up(turn + 1)  # now, and not when it is waited for
+            item = _item(lax.rem(index(turn), heads), work, tile, sliding_window, most_hidden)
+            run(item, turn, before)
+            return before + item.end - item.begin, following
+
+        turns = lax.div(count, blocks)
+        turns += (index(turns) < count).astype(jnp.int32)
+        steps, _ = lax.fori_loop(0, turns, run_one, (jnp.int32(0), look_up(0)))
+        return turns, steps
+
+    def load(item: _Item, items_before, steps_before):
+        first_block = first_gmem[0]
         last_block = lax.div(item.length + (block_size - 1), block_size) - 1
+
+        def fetch_queries():
+            pl.when(items_before > 0)(lambda: plgpu.barrier_wait(q_read))
+            for i in range(2):
+                plgpu.copy_gmem_to_smem(
+                    q_gmem.at[pl.ds(pl.multiple_of(item.top + i * ROWS, 8), ROWS), item.head],
+                    q_smem.at[i],
+                    q_barrier,
+                )
 
         def fetch(i, slot, cache_gmem, tile_smem, barriers):
             for j in range(tile // block_size):
-                index = jnp.minimum((item.begin + i) * (tile // block_size) + j, last_block)
+                index = jnp.minimum(i * (tile // block_size) + j, last_block)
                 plgpu.copy_gmem_to_smem(
                     cache_gmem.at[
-                        first_block + tables_gmem[item.sequence, index], lax.div(head, group)
+                        first_block + tables_gmem[item.sequence, index], lax.div(item.head, group)
                     ],
                     tile_smem.at[slot, pl.ds(j * block_size, block_size)],
                     barriers.at[slot],
                 )
 
-        @pl.loop(0, steps)
+        @pl.loop(item.begin, item.end)
         def _(i):
-            slot = lax.rem(i, jnp.int32(stages))
-            pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_read.at[slot]))
+            step = steps_before + i - item.begin
+            slot = lax.rem(step, stages)
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_read.at[slot]))
             fetch(i, slot, k_gmem, k_smem, k_barriers)
-            pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_read.at[slot]))
+            pl.when(i == item.begin)(fetch_queries)  # these wait longer, for the item before
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_read.at[slot]))
             fetch(i, slot, v_gmem, v_smem, v_barriers)
 
-        # Every arrival is waited for, or the barriers would be left in the wrong phase.
-        @pl.loop(jnp.maximum(steps - stages, 0), steps)
-        def _(i):
-            slot = lax.rem(i, jnp.int32(stages))
-            plgpu.barrier_wait(k_read.at[slot])
-            plgpu.barrier_wait(v_read.at[slot])
-
-    def pass_turn():
+    def end_turn():
         if config.take_turns:
             plgpu.barrier_arrive(turn)
+
+    def wait_for_turn():
+        if config.take_turns:
             plgpu.barrier_wait(turn)
 
-    def attend(item: _Item):
+    def pass_turn():
+        end_turn()
+        wait_for_turn()
+
+    def attend(item: _Item, _, steps_before):
         first_row = item.top + warpgroup * ROWS
-        plgpu.copy_gmem_to_smem(
-            q_gmem.at[pl.ds(pl.multiple_of(first_row, 8), ROWS), head],
-            q_smem.at[warpgroup],
-            q_barriers.at[warpgroup],
-        )
         by_row = plgpu.Layout.WGMMA.reduce(1)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
         row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), by_row)
@@ -327,12 +360,12 @@ def _body(
         mask = hidden = None
         if is_masked:
             mask, hidden = load_masks(masks_gmem[0], pl.ds(first_row, ROWS), sliding_window)
-        plgpu.barrier_wait(q_barriers.at[warpgroup])
-        pl.when(warpgroup == 1)(pass_turn)
+        plgpu.barrier_wait(q_barrier)
+        pl.when(warpgroup == 1)(wait_for_turn)
 
         def step(i, carry, *, masked: bool):
             acc, row_max, row_sum = carry
-            slot = lax.rem(i - item.begin, jnp.int32(stages))
+            slot = lax.rem(steps_before + i - item.begin, stages)
             plgpu.barrier_wait(k_barriers.at[slot])
 
             def qk(scores):
@@ -342,6 +375,8 @@ def _body(
 
             scores = pl.run_scoped(qk, plgpu.ACC((ROWS, tile), jnp.float32))
             plgpu.barrier_arrive(k_read.at[slot])
+            if not config.shares:
+                pl.when(i + 1 == item.end)(lambda: plgpu.barrier_arrive(q_read))
             factor = scale * LOG2E
             if soft_cap is not None:
                 scores = jnp.tanh(scores * (scale / soft_cap))
@@ -373,11 +408,9 @@ def _body(
                     (acc, row_sum, new_max, weights)
                 )
 
-            if config.take_turns:
-                plgpu.barrier_arrive(turn)
+            end_turn()
             plgpu.barrier_wait(v_barriers.at[slot])
-            if config.take_turns:
-                plgpu.barrier_wait(turn)
+            wait_for_turn()
             if masked:
 
                 @pl.when((i + 1) * tile > item.length)
@@ -419,10 +452,14 @@ def _body(
             carry = lax.fori_loop(item.begin, item.full_begin, edge, carry)
         carry = lax.fori_loop(item.full_begin, item.full_end, inner, carry)
         acc, row_max, row_sum = lax.fori_loop(item.full_end, item.end, edge, carry)
+        # The second's last product needs not wait until the first has stored its result, nor the
+        # first's next one until the second has.
         pl.when(warpgroup == 0)(pass_turn)
+        pl.when(warpgroup == 1)(end_turn)
 
         inverse = 1 / jnp.maximum(row_sum, 1e-30)
         acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
         out_smem[warpgroup] = acc.astype(dtype)
         plgpu.commit_smem()
         begin_row = jnp.maximum(item.low, first_row)
@@ -431,7 +468,7 @@ def _body(
         def store(row, rows):
             plgpu.copy_smem_to_gmem(
                 out_smem.at[warpgroup, pl.ds(row - first_row, rows)],
-                out_gmem.at[pl.ds(row, rows), head],
+                out_gmem.at[pl.ds(row, rows), item.head],
             )
 
         # Any number of rows as a sum of powers of two, TMA boxes being static.
@@ -441,16 +478,30 @@ def _body(
             pl.when((count > 0) & ((count & rows) != 0))(
                 functools.partial(store, begin_row + below, rows)
             )
-        plgpu.wait_smem_to_gmem(0)
+        if config.shares:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_read)
 
     @pl.when(warpgroup == PRODUCER)
     def _():
         if not interpreted:
-            plgpu.set_max_registers(40, action="decrease")
-        each_item(load)
+            plgpu.set_max_registers(24, action="decrease")
+        items, steps = each_item(load)
+
+        # The last arrivals are waited for, too: barriers are left as they were found.
+        pl.when(items > 0)(lambda: plgpu.barrier_wait(q_read))
+
+        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+        def _(step):
+            plgpu.barrier_wait(k_read.at[lax.rem(step, stages)])
+            plgpu.barrier_wait(v_read.at[lax.rem(step, stages)])
 
     @pl.when(warpgroup < PRODUCER)
     def _():
         if not interpreted:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
+        pl.when(warpgroup == 1)(end_turn)
         each_item(attend)
+        pl.when(warpgroup == 0)(pass_turn)
+        pl.when(warpgroup == 1)(wait_for_turn)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -24,6 +24,7 @@ import jaxlib
 import numpy as np
 
 from arctic_jax import LLM, SamplingParams, host_copies
+from arctic_jax.request import RequestOutputKind
 from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
 
 
@@ -66,7 +67,13 @@ def main() -> None:
     )
     engine, runner = llm.engine, llm.engine.runner
     rng = np.random.default_rng(0)
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    # Nobody looks on, so prompts are computed in full steps, and contexts are of one length.
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=None,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
     rows = []
     for batch in args.batches:
         for i in range(batch):
