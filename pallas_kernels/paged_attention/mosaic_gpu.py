@@ -13,6 +13,8 @@ their arrivals in memory that someone has to clear.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,10 +111,15 @@ def decode(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    into: Array | None = None,
     config: Config | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
-    """See `op.paged_attention`; `max_query_len * H / KV` is at most 64."""
+    """See `op.paged_attention`; `max_query_len * H / KV` is at most 64.
+
+    With `into [T, H, D]`, sequences have one query each, and its row is where `query_start_loc`
+    says. Their results are written into that array, all other rows of which stay as they are.
+    """
     T, H, D = q.shape
     S, B = block_tables.shape
     KV, block_size = k_cache.shape[2:4]
@@ -126,7 +133,7 @@ def decode(
     else:
         stride = -(-Q * G // 8) * 8
         of_sequence = jnp.minimum(query_start_loc[:-1, None] + jnp.arange(Q), T - 1)
-        rows = q if Q == 1 else q[of_sequence]
+        rows = q if Q == 1 and into is None else q[of_sequence]
         rows = jnp.moveaxis(rows.reshape(S, Q, KV, G, D), 1, 2).reshape(S, KV, Q * G, D)
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
         rows = rows.reshape(S, KV * stride, D)
@@ -161,6 +168,8 @@ def decode(
     body = functools.partial(
         _decode_body,
         is_masked=bool(masks),
+        is_scattered=into is not None,
+        is_gathered=into is None or rows is not q,
         config=config,
         group=G,
         queries=Q,
@@ -169,16 +178,8 @@ def decode(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
     )
-    outputs = plgpu.kernel(
-        body,
-        out_type=[out_type] if splits == 1 else partial_type,
-        scratch_types=scratch,
-        grid=(splits, KV, S),
-        grid_names=("split", "head", "sequence"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-        kernel_name="paged_attention_decode",
-    )(
+    launch = functools.partial(_launch, interpret=interpret)
+    arguments = (
         rows,
         *all_blocks(k_cache, v_cache, layer),
         block_tables,
@@ -186,17 +187,45 @@ def decode(
         seq_lens,
         *masks,
     )
+    grid = {"split": splits, "head": KV, "sequence": S}
     if splits == 1:
-        return outputs[0]
-    return plgpu.kernel(
-        functools.partial(_merge_body, group=G, row_stride=stride),
-        out_type=out_type,
-        grid=(Q * G, KV, S),
-        grid_names=("row", "head", "sequence"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-        kernel_name="paged_attention_merge",
-    )(*outputs, query_start_loc, seq_lens)
+        return launch("decode", body, arguments, grid, into, [out_type], scratch)[0]
+    partial = launch("decode", body, arguments, grid, None, partial_type, scratch)
+    body = functools.partial(_merge_body, group=G, row_stride=stride, is_scattered=into is not None)
+    grid = {"row": Q * G, "head": KV, "sequence": S}
+    return launch("merge", body, (*partial, query_start_loc, seq_lens), grid, into, [out_type])[0]
+
+
+def _launch(
+    name: str,
+    body: Callable[..., None],
+    arguments: Sequence[Array],
+    grid: dict[str, int],
+    into: Array | None,
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    scratch: dict[str, Any] | None = None,
+    *,
+    interpret: plgpu.InterpretGPUParams | None,
+) -> Sequence[Array]:
+    """Run a kernel; return its results, or its one result `into`, which it has changed."""
+    of_mesh = {
+        "grid": tuple(grid.values()),
+        "grid_names": tuple(grid),
+        "kernel_name": f"paged_attention_{name}",
+    }
+    options = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
+    scratch = scratch or {}
+    if into is None:
+        options |= {"out_type": out_type, "scratch_types": scratch, "interpret": interpret}
+        return plgpu.kernel(body, **of_mesh, **options)(*arguments)
+    out = jax.new_ref(into)
+
+    def scoped(*refs):
+        pl.run_scoped(functools.partial(body, *refs), **scratch)
+
+    mesh = plgpu.Mesh(**of_mesh)
+    pl.kernel(scoped, mesh=mesh, interpret=interpret or False, **options)(*arguments, out)
+    return [jax.freeze(out)]
 
 
 def _row_layout(D: int):
@@ -244,6 +273,7 @@ def _decode_body(
     """Attend, but for an empty slot: that takes a thread block 7 us, and returning less than 1."""
     out_gmem = more_gmem[options["is_masked"]]
     config, group, queries = (options[name] for name in ("config", "group", "queries"))
+    has_row = queries == 1 and config.splits == 1 and not options["is_scattered"]
     sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
 
     @pl.when(lens_gmem[sequence] > 0)
@@ -251,7 +281,7 @@ def _decode_body(
         caches = (k_gmem, v_gmem, first_gmem, tables_gmem)
         _attend(q_gmem, *caches, starts_gmem, lens_gmem, *more_gmem, **options)
 
-    if queries == 1 and config.splits == 1:  # the slot has a row all the same, to be finite
+    if has_row:  # the slot has one all the same, to be finite
 
         @pl.when(lens_gmem[sequence] == 0)
         def _():
@@ -260,7 +290,7 @@ def _decode_body(
 
 
 def _attend(
-    q_gmem,  # [S, rows, D]
+    q_gmem,  # [S, rows, D] if they are gathered, else [T, rows, D]
     k_gmem,  # [layers * blocks, KV, block_size, D]
     v_gmem,  # [layers * blocks, KV, block_size, D]
     first_gmem,  # [1], the layer's first block
@@ -271,6 +301,8 @@ def _attend(
     # [T, H, D], or [S, KV, splits, Q * G, D] if there are several splits, and beside that
     # [S, KV, splits, ROWS], the logarithms of their sums of exponentials
     is_masked: bool,
+    is_scattered: bool,
+    is_gathered: bool,
     config: Config,
     group: int,
     queries: int,
@@ -298,14 +330,17 @@ def _attend(
     first_row = head * row_stride
     offset = lax.rem(first_row, 8)
     loaded = -(-queries * group // 8) * 8
+    start, query_len = _queries(sequence, starts_gmem, queries, is_scattered)
     plgpu.copy_gmem_to_smem(
-        q_gmem.at[sequence, pl.ds(pl.multiple_of(first_row - offset, 8), loaded)],
+        q_gmem.at[
+            sequence if is_gathered else start,
+            pl.ds(pl.multiple_of(first_row - offset, 8), loaded),
+        ],
         q_smem.at[pl.ds(0, loaded)],
         q_barrier,
     )
 
     first_block, length = first_gmem[0], lens_gmem[sequence]
-    start, query_len = _queries(sequence, starts_gmem, queries)
     last_tile = lax.div(length + (tile - 1), tile)
     first_tile = 0
     if sliding_window is not None:
@@ -441,10 +476,10 @@ def _attend(
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _queries(sequence, starts_gmem, queries):
+def _queries(sequence, starts_gmem, queries, is_scattered):
     """Return the first row and the number of a sequence's queries, of at most `queries`."""
     if queries == 1:
-        return sequence, 1  # an empty slot has a row too, which must be finite
+        return starts_gmem[sequence] if is_scattered else sequence, 1
     start = starts_gmem[sequence]
     return start, starts_gmem[sequence + 1] - start
 
@@ -458,11 +493,13 @@ def _merge_body(
     *,
     group: int,
     row_stride: int,
+    is_scattered: bool,
 ):
     splits, D = splits_gmem.shape[2], splits_gmem.shape[4]
     row, head = lax.axis_index("row"), lax.axis_index("head")
     sequence = lax.axis_index("sequence")
-    start, query_len = _queries(sequence, starts_gmem, splits_gmem.shape[3] // group)
+    queries = splits_gmem.shape[3] // group
+    start, query_len = _queries(sequence, starts_gmem, queries, is_scattered)
     query, head_in_group = lax.div(row, group), lax.rem(row, group)
 
     @pl.when((query < query_len) & (lens_gmem[sequence] > 0))
@@ -480,6 +517,9 @@ def _merge_body(
         ]
         merged = functools.reduce(jnp.add, results).astype(out_gmem.dtype)
         out_gmem[start + query, head * group + head_in_group] = merged
+
+    if is_scattered:
+        return
 
     @pl.when((query < query_len) & (lens_gmem[sequence] == 0))
     def _():

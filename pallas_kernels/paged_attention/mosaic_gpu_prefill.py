@@ -176,22 +176,22 @@ def mixed(
     )
     if S == 1:
         return out
-    single = mosaic_gpu.decode(
-        q[jnp.minimum(query_start_loc[:-1], T - 1)],
+    return mosaic_gpu.decode(
+        q,
         k_cache,
         v_cache,
         layer,
         block_tables,
-        jnp.arange(S + 1, dtype=jnp.int32),
+        query_start_loc,
         jnp.where(query_lens == 1, seq_lens, 0),
-        None if draft_mask is None else draft_mask[jnp.minimum(query_start_loc[:-1], T - 1)],
+        draft_mask,
         max_query_len=1,
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        into=out,
         interpret=interpret,
     )
-    return out.at[jnp.where(query_lens == 1, query_start_loc[:-1], T)].set(single, mode="drop")
 
 
 class _Item(NamedTuple):
