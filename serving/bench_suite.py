@@ -201,7 +201,8 @@ def run(parts: Sequence[Part], out: Path) -> dict[str, str]:
     A part's output is beside its figures, in a file that ends with ".log".
     """
     failed = {}
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     with Progress(console=stderr, transient=True) as progress:
         task = progress.add_task("", total=len(parts))
         for part in parts:

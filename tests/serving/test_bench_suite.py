@@ -1,6 +1,7 @@
 """The suite of benchmarks: its parts, what happens to one that fails, what is told of figures."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from arctic_jax.serving.bench_suite import Machine, Part
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
-import json, sys, time
+import json, os, sys, time
 print("hello")
 if "--fail" in sys.argv: sys.exit(3)
 if "--sleep" in sys.argv: time.sleep(60)
 calls = open("calls", "a"); calls.write("x")
+open("path", "w").write(os.environ["PYTHONPATH"])
 json.dump({"device": "cpu", "date": "2026-01-02", "tok_s": 5.0}, open(sys.argv[-1], "w"))
 """
 
@@ -55,6 +57,14 @@ def test_parts_run_once(checkout: Path, tmp_path: Path) -> None:
     assert invoke("suite", "--out", out, "--only", "off")[0] == 0
     assert (checkout / "calls").read_text() == "xxx"
     assert invoke("suite", "--out", out, "--only", "nothing")[0] == 2
+
+
+def test_packages_of_the_user_are_found(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert invoke("suite", "--out", tmp_path / "out")[0] == 0
+    assert (checkout / "path").read_text().split(os.pathsep) == [str(checkout), str(tmp_path)]
 
 
 @pytest.mark.parametrize(("option", "why"), [("--fail", "code 3"), ("--sleep", "not done after")])
