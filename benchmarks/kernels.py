@@ -5,10 +5,13 @@
 Prints device time, bandwidth or arithmetic rate, the fraction of what this GPU was measured to do
 in the same run (a device-to-device copy, an 8192³ bf16 product), and the largest difference from
 the XLA implementation. A call's time is that of the device alone (`seconds_per_call`); the calls go
-round several sets of inputs, together larger than the L2 cache where they are not tiny.
+round several sets of inputs, together larger than the L2 cache where they are not tiny. With
+`--profile`, also what each kernel takes on the GPU, those of XLA around ours included: what a step
+computes once for all layers, such a call computes anew.
 """
 
 import argparse
+import collections
 import datetime
 import functools
 import importlib
@@ -16,6 +19,7 @@ import json
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 
 import jax
@@ -86,6 +90,24 @@ def seconds_per_call(function, following, sets: list[tuple]) -> float:
     return seconds / count
 
 
+def kernel_microseconds(function, arguments: tuple, calls: int = 10) -> dict[str, float]:
+    """Return what one call spends in each kernel on the first GPU, by a profile."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([function(*arguments) for _ in range(calls)])
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    found = collections.Counter()
+    for plane in profile.planes:
+        if plane.name != "/device:GPU:0":
+            continue
+        for line in plane.lines:
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    found[event.name] += event.duration_ns / calls / 1e3
+    return dict(found.most_common())
+
+
 def ceilings() -> dict[str, float]:
     """Return the measured bytes/s of a copy and FLOP/s of a large bf16 product."""
     replace = lambda arguments, output: (output, *arguments[1:])
@@ -103,7 +125,9 @@ def ceilings() -> dict[str, float]:
     return {"bytes_per_s": moved / copy, "flop_per_s": 2 * n**3 / dot}
 
 
-def run(operation: str, case, implementations: list[str], ceiling: dict) -> list[dict]:
+def run(
+    operation: str, case, implementations: list[str], ceiling: dict, profile: bool
+) -> list[dict]:
     """Measure one case; one row an implementation."""
     package = f"{pallas_kernels.__name__}.{operation}"
     op = importlib.import_module(f"{package}.op")
@@ -121,7 +145,8 @@ def run(operation: str, case, implementations: list[str], ceiling: dict) -> list
         ):
             rows.append(row | {"unsupported": reason})
             continue
-        output = jax.block_until_ready(jax.jit(call)(*arguments))
+        program = jax.jit(call)
+        output = jax.block_until_ready(program(*arguments))
         if isinstance(output, tuple):
             copies = 1  # an operation that updates its arguments in place: one set goes round
         outputs[implementation] = cases.comparable(case, output, arguments)
@@ -144,6 +169,8 @@ def run(operation: str, case, implementations: list[str], ceiling: dict) -> list
                 "difference": max(float(np.nanmax(np.abs(a - b), initial=0)) for a, b in pairs),
             }
         )
+        if profile:
+            rows[-1]["kernels_us"] = kernel_microseconds(program, arguments)
     return rows
 
 
@@ -154,7 +181,8 @@ def show(row: dict) -> str:
         return f"{name} {row.get('unsupported') or row.get('error')}"
     rate = f"{row['gb_per_s']:7.0f} GB/s {row['tflop_per_s']:6.1f} TFLOP/s"
     numbers = f"{row['us']:9.1f} us {rate} {row['fraction']:5.2f} of {row['bound']}"
-    return f"{name} {numbers}  difference {row['difference']:.1e}"
+    parts = "".join(f"\n    {us:9.1f} us {name}" for name, us in row.get("kernels_us", {}).items())
+    return f"{name} {numbers}  difference {row['difference']:.1e}{parts}"
 
 
 def write(path: pathlib.Path, ceiling: dict, rows: list[dict]) -> None:
@@ -176,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--filter", default="", help="only the cases whose name has this text")
     parser.add_argument("--implementations", nargs="+", default=["xla", "mosaic_gpu"])
+    parser.add_argument("--profile", action="store_true", help="time each kernel of a call, too")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     options = parser.parse_args()
     ceiling = ceilings()
@@ -187,7 +216,7 @@ def main() -> None:
             if "bench" not in case.tags.split() or options.filter not in f"{operation} {case.name}":
                 continue
             try:
-                found = run(operation, case, options.implementations, ceiling)
+                found = run(operation, case, options.implementations, ceiling, options.profile)
             except Exception as error:  # one case that fails must not cost the others
                 found = [
                     {

@@ -7,6 +7,9 @@
 Nothing runs, and nothing is timed: of several algorithms XLA takes its first. But copies, fusions
 and collectives are those of the real program: look here before a GPU is asked. A step of `--seqs`
 sequences is a decode step, unless it has more `--tokens`.
+
+Of our own kernels, with CUDA's `ptxas` on the path, `MOSAIC_GPU_DUMP_TO=FOLDER` with
+`MOSAIC_GPU_DUMP_PTX=1 MOSAIC_GPU_DUMP_PTXAS=1` writes the PTX, their registers and spills.
 """
 
 import argparse
