@@ -91,7 +91,6 @@ def kv_cache_update(
     mesh = plgpu.Mesh(
         grid=(-(-T // TOKENS), G // groups, L),  # in the order of the memory that is read
         grid_names=("tile", "group", "layer"),
-        kernel_name="kv_cache_update",
     )
 
     def body(qkv_gmem, cos_gmem, sin_gmem, slots_gmem, first_gmem, *refs):
@@ -130,6 +129,7 @@ def kv_cache_update(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
         interpret=interpret or False,
+        name="kv_cache_update",
     )(qkv, cos, sin, slot_mapping, first_block, *norms.values(), *caches)
     q = out[0].reshape(T, G * L * r, D) if r else jnp.zeros((T, 0, D), qkv.dtype)
     k_cache, v_cache = (jax.freeze(cache).reshape(k_cache.shape) for cache in caches)

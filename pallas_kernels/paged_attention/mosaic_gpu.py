@@ -208,23 +208,20 @@ def _launch(
     interpret: plgpu.InterpretGPUParams | None,
 ) -> Sequence[Array]:
     """Run a kernel; return its results, or its one result `into`, which it has changed."""
-    of_mesh = {
-        "grid": tuple(grid.values()),
-        "grid_names": tuple(grid),
-        "kernel_name": f"paged_attention_{name}",
-    }
+    name = f"paged_attention_{name}"
+    of_mesh = {"grid": tuple(grid.values()), "grid_names": tuple(grid)}
     options = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
     scratch = scratch or {}
     if into is None:
         options |= {"out_type": out_type, "scratch_types": scratch, "interpret": interpret}
-        return plgpu.kernel(body, **of_mesh, **options)(*arguments)
+        return plgpu.kernel(body, **of_mesh, **options, kernel_name=name)(*arguments)
     out = jax.new_ref(into)
 
     def scoped(*refs):
         pl.run_scoped(functools.partial(body, *refs), **scratch)
 
-    mesh = plgpu.Mesh(**of_mesh)
-    pl.kernel(scoped, mesh=mesh, interpret=interpret or False, **options)(*arguments, out)
+    options |= {"interpret": interpret or False, "name": name}
+    pl.kernel(scoped, mesh=plgpu.Mesh(**of_mesh), **options)(*arguments, out)
     return [jax.freeze(out)]
 
 

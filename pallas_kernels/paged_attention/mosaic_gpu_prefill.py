@@ -418,12 +418,14 @@ def _body(
                     # What lies past the end may be NaN, which a weight of 0 does not silence.
                     @pl.when(warpgroup == 0)
                     def _():
-                        values = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA)
-                        index = plgpu.broadcasted_iota(
-                            jnp.int32, (tile, D), 0, layout=plgpu.Layout.WGMMA
-                        )
-                        inside = index < item.length - i * tile
-                        v_smem[slot] = jnp.where(inside, values, jnp.zeros_like(values))
+                        for first in range(0, tile, ROWS):  # so that few registers suffice
+                            part = v_smem.at[slot, pl.ds(first, ROWS)]
+                            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                            index = plgpu.broadcasted_iota(
+                                jnp.int32, (ROWS, D), 0, layout=plgpu.Layout.WGMMA
+                            )
+                            inside = index < item.length - i * tile - first
+                            part[...] = jnp.where(inside, values, jnp.zeros_like(values))
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(clean)
 
