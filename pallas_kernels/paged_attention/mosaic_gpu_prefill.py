@@ -30,7 +30,6 @@ from arctic_jax.pallas_kernels.paged_cache import all_blocks
 ROWS = 64  # of one compute warpgroup
 TILE = 2 * ROWS  # query rows of a thread block
 PRODUCER = 2  # index of the warpgroup that loads
-SMS = 132
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row without any key yields a number
 
@@ -117,7 +116,7 @@ def mixed(
     longest = jnp.argsort(jnp.where(item < ends[-1], -seen, 1))
     work = jnp.stack([sequence, top, start, stop, length])[:, longest].astype(jnp.int32)
     # In the interpreter few, so that they have several items there, too.
-    blocks = min(SMS if interpret is None else 3, H * len(item))
+    blocks = min(mosaic_gpu.SMS if interpret is None else 3, H * len(item))
 
     masks = []
     if draft_mask is not None:
