@@ -96,27 +96,9 @@ def mixed(
     S = len(seq_lens)
     KV, block_size = k_cache.shape[2:4]
     config = config or choose_config(D)
-    query_lens = jnp.diff(query_start_loc)
-
-    # The tiles of the flat query array that each chunk touches.
-    is_chunk = query_lens > 1
-    first_tile = query_start_loc[:-1] // TILE
-    tiles = jnp.where(is_chunk, (query_start_loc[1:] - 1) // TILE - first_tile + 1, 0)
-    ends = jnp.cumsum(tiles)
-    item = jnp.arange(-(-T // TILE) + min(S, T // 2))
-    owner = jnp.searchsorted(ends, item, side="right", method="compare_all")  # without a loop
-    sequence = jnp.minimum(owner, S - 1)
-    of_sequence = jnp.stack([query_start_loc[:-1], query_start_loc[1:], seq_lens])
-    start, stop, length = of_sequence[:, sequence]
-    top = TILE * (first_tile + tiles - ends)[sequence] + TILE * item
-    # Those that see the most keys come first.
-    seen = length - stop + jnp.minimum(top + TILE, stop)
-    if sliding_window is not None:
-        seen = jnp.minimum(seen, sliding_window + TILE)
-    longest = jnp.argsort(jnp.where(item < ends[-1], -seen, 1))
-    work = jnp.stack([sequence, top, start, stop, length])[:, longest].astype(jnp.int32)
+    work, count = _tiles(T, query_start_loc, seq_lens, sliding_window)
     # In the interpreter few, so that they have several items there, too.
-    blocks = min(mosaic_gpu.SMS if interpret is None else 3, H * len(item))
+    blocks = min(mosaic_gpu.SMS if interpret is None else 3, H * work.shape[1])
 
     masks = []
     if draft_mask is not None:
@@ -170,7 +152,7 @@ def mixed(
         *all_blocks(k_cache, v_cache, layer),
         block_tables,
         work,
-        ends[-1:].astype(jnp.int32),
+        count,
         *masks,
     )
     if S == 1:
@@ -182,7 +164,7 @@ def mixed(
         layer,
         block_tables,
         query_start_loc,
-        jnp.where(query_lens == 1, seq_lens, 0),
+        jnp.where(jnp.diff(query_start_loc) == 1, seq_lens, 0),
         draft_mask,
         max_query_len=1,
         scale=scale,
@@ -191,6 +173,32 @@ def mixed(
         into=out,
         interpret=interpret,
     )
+
+
+def _tiles(
+    T: int, query_start_loc: Array, seq_lens: Array, window: int | None
+) -> tuple[Array, Array]:
+    """Return the tiles of the flat query array that each chunk touches, and `[1]` how many.
+
+    `[5, tiles]`: the sequence and the tile's first row; the sequence's first row, the row after its
+    last, and its tokens in the cache. Tiles that see the most keys come first.
+    """
+    S = len(seq_lens)
+    starts, stops = query_start_loc[:-1], query_start_loc[1:]
+    first_tile = starts // TILE
+    tiles = jnp.where(stops - starts > 1, (stops - 1) // TILE - first_tile + 1, 0)
+    ends = jnp.cumsum(tiles)
+    item = jnp.arange(-(-T // TILE) + min(S, T // 2))
+    owner = jnp.searchsorted(ends, item, side="right", method="compare_all")  # without a loop
+    sequence = jnp.minimum(owner, S - 1)
+    start, stop, length = jnp.stack([starts, stops, seq_lens])[:, sequence]
+    top = TILE * (first_tile + tiles - ends)[sequence] + TILE * item
+    seen = length - stop + jnp.minimum(top + TILE, stop)
+    if window is not None:
+        seen = jnp.minimum(seen, window + TILE)
+    longest = jnp.argsort(jnp.where(item < ends[-1], -seen, 1))
+    work = jnp.stack([sequence, top, start, stop, length])[:, longest]
+    return work.astype(jnp.int32), ends[-1:].astype(jnp.int32)
 
 
 class _Item(NamedTuple):
@@ -244,7 +252,7 @@ def _body(
     v_gmem,  # [layers * blocks, KV, block_size, D]
     first_gmem,  # [1], the layer's first block
     tables_gmem,  # [S, B]
-    work_gmem,  # [5, tiles]: sequence, first row; of the sequence first row, end, tokens
+    work_gmem,  # [5, tiles], see `_tiles`
     count_gmem,  # [1], of the tiles
     *more_gmem,  # [2, T rounded up to 128]: masks and how many keys they hide, if there are draft
     # masks; then the result, [T, H, D]
