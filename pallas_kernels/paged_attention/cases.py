@@ -134,9 +134,21 @@ CASES = (
         padding_rows=19,
     ),
     Case("mixed_smollm2_block16", *SMOLLM2_135M, [(20, 33), (1, 18), (66, 66)], block_size=16),
-    # More tiles than thread blocks for a head.
-    Case("mixed_many_chunks", *(2, 1, 64), [(40, 40)] + [(3, 30 + i) for i in range(16)]),
-    Case("prefill_gemma2", *GEMMA2_9B_TP4, [(90, 140)], sliding_window=40, soft_cap=5.0),
+    # Many items for a thread block, whose queries and results come and go meanwhile.
+    Case(
+        "mixed_many_chunks",
+        *(2, 1, 64),
+        [(40, 40)] + [(3, 30 + i) for i in range(16)],
+        race_detection=True,
+    ),
+    Case(
+        "prefill_gemma2",
+        *GEMMA2_9B_TP4,
+        [(90, 140)],
+        sliding_window=40,
+        soft_cap=5.0,
+        race_detection=True,
+    ),
     Case("prefill_fp16", *(2, 1, 128), [(65, 65)], dtype="float16"),
     Case("prefill_window", *(2, 1, 64), [(300, 300)], sliding_window=64),
     Case("prefill_fp32", *SMOLLM2_135M, [(70, 90), (1, 5)], dtype="float32"),
