@@ -26,7 +26,7 @@ from arctic_jax import LLM, SamplingParams, __version__
 from arctic_jax.request import RequestOutputKind
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-# Nobody looks on, so prompts are computed in full steps, and contexts are about as long.
+# Nobody looks on, so prompts are computed in full steps, and contexts are about equal.
 UNWATCHED = dataclasses.replace(ENDLESS, output_kind=RequestOutputKind.FINAL_ONLY)
 
 

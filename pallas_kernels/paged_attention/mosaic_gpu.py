@@ -208,21 +208,20 @@ def _launch(
     interpret: plgpu.InterpretGPUParams | None,
 ) -> Sequence[Array]:
     """Run a kernel; return its results, or its one result `into`, which it has changed."""
-    name = f"paged_attention_{name}"
-    of_mesh = {"grid": tuple(grid.values()), "grid_names": tuple(grid)}
-    options = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
-    scratch = scratch or {}
-    if into is None:
-        options |= {"out_type": out_type, "scratch_types": scratch, "interpret": interpret}
-        return plgpu.kernel(body, **of_mesh, **options, kernel_name=name)(*arguments)
-    out = jax.new_ref(into)
+    in_place = [] if into is None else [jax.new_ref(into)]
 
     def scoped(*refs):
-        pl.run_scoped(functools.partial(body, *refs), **scratch)
+        pl.run_scoped(functools.partial(body, *refs), **scratch or {})
 
-    options |= {"interpret": interpret or False, "name": name}
-    pl.kernel(scoped, mesh=plgpu.Mesh(**of_mesh), **options)(*arguments, out)
-    return [jax.freeze(out)]
+    results: Any = pl.kernel(
+        scoped,
+        out_type=[] if in_place else out_type,
+        mesh=plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid)),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret or False,
+        name=f"paged_attention_{name}",
+    )(*arguments, *in_place)
+    return [jax.freeze(ref) for ref in in_place] or results
 
 
 def _row_layout(D: int):

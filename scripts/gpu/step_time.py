@@ -67,7 +67,7 @@ def main() -> None:
     )
     engine, runner = llm.engine, llm.engine.runner
     rng = np.random.default_rng(0)
-    # Nobody looks on, so prompts are computed in full steps, and contexts are about as long.
+    # Nobody looks on, so prompts are computed in full steps, and contexts are about equal.
     params = SamplingParams(
         temperature=0,
         max_tokens=None,
