@@ -1,6 +1,6 @@
 """Times every implementation of every operation on its `bench` cases, and checks the results.
 
-    python benchmarks/kernels.py [--filter TEXT] [--implementations xla mosaic_gpu] [--out FILE]
+    python benchmarks/kernels.py [--operations NAME …] [--filter TEXT] [--out FILE]
 
 Prints device time, bandwidth or arithmetic rate, the fraction of what this GPU was measured to do
 in the same run (a device-to-device copy, an 8192³ bf16 product), and the largest difference from
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from jax import lax
 
 from arctic_jax import pallas_kernels
 
@@ -46,7 +47,11 @@ def median_seconds(program, state, repeats: int = 7):
 
 
 def chain(function, following, count: int):
-    """Return a program of `count` dependent calls, from sets of arguments to those that follow."""
+    """Return a program of `count` dependent calls, from sets of arguments to those that follow.
+
+    XLA sees no further than one call: it would leave out outputs that the next call does not read,
+    and make one kernel of several calls.
+    """
     function = jax.jit(function)  # traced once
 
     def run(sets):
@@ -55,7 +60,7 @@ def chain(function, following, count: int):
             arguments = sets[i % len(sets)]
             if output is not None:
                 arguments = following(arguments, output)
-            output = function(*arguments)
+            output = lax.optimization_barrier(function(*arguments))
             sets[i % len(sets)] = arguments
         sets[(count - 1) % len(sets)] = following(sets[(count - 1) % len(sets)], output)
         return sets
@@ -202,6 +207,7 @@ def write(path: pathlib.Path, ceiling: dict, rows: list[dict]) -> None:
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--filter", default="", help="only the cases whose name has this text")
     parser.add_argument("--implementations", nargs="+", default=["xla", "mosaic_gpu"])
     parser.add_argument("--profile", action="store_true", help="time each kernel of a call, too")
@@ -210,7 +216,7 @@ def main() -> None:
     ceiling = ceilings()
     print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
     rows = []
-    for operation in OPERATIONS:
+    for operation in options.operations:
         cases = importlib.import_module(f"{pallas_kernels.__name__}.{operation}.cases")
         for case in cases.CASES:
             if "bench" not in case.tags.split() or options.filter not in f"{operation} {case.name}":

@@ -119,21 +119,23 @@ def _parts_for_gpus(count: int) -> list[Part]:
     dummy = ["--load-format", "dummy"]
     whole = ["--batches", 1, 16, 64, 256, "--prefill", 8, 8192, "--throughput", 512]
     if count == 1:
-        long = ["--max-model-len", 33000, "--stall", 32, 32768, "--repeats", 1]
+        long = ["--max-model-len", 33000]
+        stall = ["--stall", 32, 32768, "--repeats", 1]
         small = ["--max-model-len", 2048, "--max-num-seqs", 64, "--batches", 1, 64]
         names = ("qwen3-0.6b", "smollm2-135m")
         embedder = ["--model", f"{CONFIGS}/arctic-embed-m", *dummy, "--tokenizer", "minilm-l6"]
         texts = ["--lengths", 50, 512, 0, "--texts", "--tokens", 1_000_000, "--latency", 200]
         return [
-            Part("offline_llama-3.1-8b", "offline", [*llama, *long, *whole]),
+            Part("offline_llama-3.1-8b", "offline", [*llama, *long, *stall, *whole]),
+            Part("warm_start_llama-3.1-8b", "offline", [*llama, *long, "--batches"]),
             *(
                 Part(f"offline_{n}", "offline", ["--model", f"{CONFIGS}/{n}", *dummy, *small])
                 for n in names
             ),
             Part("swiftkv", "swiftkv", [*dummy, "--repeats", 2, "--throughput", 128]),
-            Part("kernels", "kernels", []),
             Part("traffic", "traffic", [*llama, "--seconds", 40, "--rate", 2, "--burst", 20]),
             Part("embeddings_arctic-embed-m", "embeddings", [*embedder, *texts]),
+            *(Part(f"kernels_{n}", "kernels", ["--operations", n]) for n in _operations()),
         ]
     several = ["--max-model-len", 8448, "--repeats", 1, *whole]
     bursts = ["--seconds", 40, "--rate", 5, "--burst", 60]
@@ -152,6 +154,11 @@ def _parts_for_gpus(count: int) -> list[Part]:
         ),
         Part("swiftkv", "swiftkv", swiftkv),
     ]
+
+
+def _operations() -> list[str]:
+    """Return the names of the operations that have cases, without importing JAX."""
+    return sorted(path.parent.name for path in (CHECKOUT / "pallas_kernels").glob("*/cases.py"))
 
 
 def suite(
