@@ -20,9 +20,9 @@ bench() { # name, options of benchmarks/speculation.py
 for part in "${parts[@]}"; do
     echo "== $part ($SECONDS s)"
     case $part in
-    hybrid) bench speculation_hybrid --methods hybrid_device --workloads gsm8k humaneval ;;
-    agents) bench speculation_agents --methods hybrid_device --workloads agent ;;
-    plain) bench speculation_suffix --methods suffix_device --workloads gsm8k agent ;;
+    hybrid) bench speculation_hybrid --methods hybrid --workloads gsm8k humaneval ;;
+    agents) bench speculation_agents --methods hybrid --workloads agent ;;
+    plain) bench speculation_suffix --methods suffix --workloads gsm8k agent ;;
     steps)
         timeout 200 "$python" scripts/gpu/step_time.py --batches 1 16 64 --drafts 0 3 7 15 \
             --out "$out/verify_steps" 2>&1 | quiet
