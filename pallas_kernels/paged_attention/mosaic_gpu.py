@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -263,213 +263,284 @@ def visible_keys(distance, mask, hidden, window):
     return visible if window is None else visible & (distance - by_key(hidden) < window)
 
 
-def _decode_body(
-    q_gmem, k_gmem, v_gmem, first_gmem, tables_gmem, starts_gmem, lens_gmem, *more_gmem, **options
-):
+def _decode_body(*references, is_masked: bool, tiles_smem, **options):
     """Attend, but for an empty slot: that takes a thread block 7 us, and returning less than 1."""
-    out_gmem = more_gmem[options["is_masked"]]
-    config, group, queries = (options[name] for name in ("config", "group", "queries"))
-    has_row = queries == 1 and config.splits == 1 and not options["is_scattered"]
-    sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
-
-    @pl.when(lens_gmem[sequence] > 0)
-    def _():
-        caches = (k_gmem, v_gmem, first_gmem, tables_gmem)
-        _attend(q_gmem, *caches, starts_gmem, lens_gmem, *more_gmem, **options)
-
-    if has_row:  # the slot has one all the same, to be finite
-
-        @pl.when(lens_gmem[sequence] == 0)
-        def _():
-            for i in range(group):
-                _clear_row(out_gmem, sequence, head * group + i)
-
-
-def _attend(
-    q_gmem,  # [S, rows, D] if they are gathered, else [T, rows, D]
-    k_gmem,  # [layers * blocks, KV, block_size, D]
-    v_gmem,  # [layers * blocks, KV, block_size, D]
-    first_gmem,  # [1], the layer's first block
-    tables_gmem,  # [S, B]
-    starts_gmem,  # [S + 1]
-    lens_gmem,  # [S]
-    *more_gmem,  # [2, S, ROWS] of `_row_masks`, if there are draft masks; then the results:
-    # [T, H, D], or [S, KV, splits, Q * G, D] if there are several splits, and beside that
-    # [S, KV, splits, ROWS], the logarithms of their sums of exponentials
-    is_masked: bool,
-    is_scattered: bool,
-    is_gathered: bool,
-    config: Config,
-    group: int,
-    queries: int,
-    row_stride: int,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    q_smem,
-    tiles_smem,
-    lse_smem,
-    p_smem,
-    q_barrier,
-    k_barriers,
-    v_barriers,
-):
-    masks_gmem, (out_gmem, *lse_gmem) = more_gmem[:is_masked], more_gmem[is_masked:]
+    inputs, masks_gmem, results = references[:7], None, references[7:]
+    if is_masked:
+        masks_gmem, *results = results
     (k_smem, v_smem), out_smem = tiles_smem
-    D, block_size, _B = q_gmem.shape[2], k_gmem.shape[2], tables_gmem.shape[1]
-    tile, stages = config.tile, config.stages
-    dtype = q_smem.dtype
-    split, head = lax.axis_index("split"), lax.axis_index("head")
-    sequence = lax.axis_index("sequence")
+    shared = {"k_smem": k_smem, "v_smem": v_smem, "out_smem": out_smem}
+    block = _ThreadBlock(*inputs, masks_gmem, *results, **shared, **options)
+    length = block.lens_gmem[lax.axis_index("sequence")]
+    pl.when(length > 0)(block.attend)
+    if block.queries == 1 and block.config.splits == 1 and not block.is_scattered:
+        pl.when(length == 0)(block.clear)  # the slot has a row all the same, to be finite
 
-    # Rows are loaded from the multiple of 8 below the first one of this head group.
-    first_row = head * row_stride
-    offset = lax.rem(first_row, 8)
-    loaded = -(-queries * group // 8) * 8
-    start, query_len = _queries(sequence, starts_gmem, queries, is_scattered)
-    plgpu.copy_gmem_to_smem(
-        q_gmem.at[
-            sequence if is_gathered else start,
-            pl.ds(pl.multiple_of(first_row - offset, 8), loaded),
-        ],
-        q_smem.at[pl.ds(0, loaded)],
-        q_barrier,
-    )
 
-    first_block, length = first_gmem[0], lens_gmem[sequence]
-    last_tile = lax.div(length + (tile - 1), tile)
-    first_tile = 0
-    if sliding_window is not None:
-        lowest = length - query_len - (sliding_window - 1)
-        if is_masked:
-            lowest -= MASK_BITS - 1
-        first_tile = lax.div(jnp.maximum(lowest, 0), tile)
-    share = lax.div(last_tile - first_tile + (config.splits - 1), config.splits)
-    begin = first_tile + split * share
-    steps = jnp.clip(last_tile - begin, 0, share)
-    last_block = jnp.maximum(lax.div(length + (block_size - 1), block_size) - 1, 0)
+class _Queries(NamedTuple):
+    """The queries of a sequence.
 
-    def fetch(step, slot, cache_gmem, tile_smem, barriers):
+    Attributes:
+        start: its first row.
+        num: how many there are.
+        offset: of the first one of this head group in shared memory.
+    """
+
+    start: Array
+    num: Array | int
+    offset: Array
+
+
+class _Keys(NamedTuple):
+    """What a split of a context is.
+
+    Attributes:
+        length: of the whole context.
+        begin: first tile.
+        steps: tiles.
+        first_block: of the layer, in the cache.
+        last_block: of the context, in its block table.
+    """
+
+    length: Array
+    begin: Array
+    steps: Array
+    first_block: Array
+    last_block: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ThreadBlock:
+    """What one thread block sees and does.
+
+    Attributes:
+        q_gmem: `[S, rows, D]` if queries are gathered, else `[T, rows, D]`.
+        k_gmem, v_gmem: `[layers * blocks, KV, block_size, D]`.
+        first_gmem: `[1]`, the layer's first block.
+        tables_gmem: `[S, B]`.
+        starts_gmem: `[S + 1]`.
+        lens_gmem: `[S]`.
+        masks_gmem: `[2, S, ROWS]` of `_row_masks`, or `None`.
+        out_gmem: `[T, H, D]`, or `[S, KV, splits, Q * G, D]` if there are several splits.
+        lse_gmem: beside that `[S, KV, splits, ROWS]`, logarithms of the sums of exponentials.
+        is_scattered, is_gathered: whether the results' rows are where the queries' are in the flat
+            array, and whether those were brought together before.
+        *_smem, *_barrier: see `decode`.
+    """
+
+    q_gmem: Any
+    k_gmem: Any
+    v_gmem: Any
+    first_gmem: Any
+    tables_gmem: Any
+    starts_gmem: Any
+    lens_gmem: Any
+    masks_gmem: Any
+    out_gmem: Any
+    lse_gmem: Any = None
+    _: dataclasses.KW_ONLY
+    is_scattered: bool
+    is_gathered: bool
+    config: Config
+    group: int
+    queries: int
+    row_stride: int
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+    q_smem: Any
+    k_smem: Any
+    v_smem: Any
+    out_smem: Any
+    lse_smem: Any
+    p_smem: Any
+    q_barrier: Any
+    k_barriers: Any
+    v_barriers: Any
+
+    def clear(self) -> None:
+        """Make the rows of this head group zero."""
+        for i in range(self.group):
+            head = lax.axis_index("head") * self.group + i
+            _clear_row(self.out_gmem, lax.axis_index("sequence"), head)
+
+    def attend(self) -> None:
+        """Compute the result of this split."""
+        queries = self._fetch_queries()
+        keys = self._keys(queries)
+        for i in range(self.config.stages):
+
+            @pl.when(i < keys.steps)
+            def _(i=i):
+                self._fetch(keys, i, i, self.k_gmem, self.k_smem, self.k_barriers)
+                self._fetch(keys, i, i, self.v_gmem, self.v_smem, self.v_barriers)
+
+        D = self.q_gmem.shape[2]
+        by_row = plgpu.Layout.WGMMA.reduce(1)
+        acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
+        row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), by_row)
+        row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
+        masks = None
+        if self.masks_gmem is not None:
+            sequence = lax.axis_index("sequence")
+            masks = load_masks(self.masks_gmem, sequence, self.sliding_window)
+        plgpu.barrier_wait(self.q_barrier)
+
+        step = functools.partial(self._step, queries, keys, masks)
+        carry = lax.fori_loop(0, keys.steps, step, (acc, row_max, row_sum))
+        self._store(queries, *carry)
+
+    def _fetch_queries(self) -> _Queries:
+        """Ask for this head group's rows, from the multiple of 8 below the first one."""
+        sequence = lax.axis_index("sequence")
+        first_row = lax.axis_index("head") * self.row_stride
+        offset = lax.rem(first_row, 8)
+        loaded = -(-self.queries * self.group // 8) * 8
+        start, count = _queries(sequence, self.starts_gmem, self.queries, self.is_scattered)
+        rows = pl.ds(pl.multiple_of(first_row - offset, 8), loaded)
+        plgpu.copy_gmem_to_smem(
+            self.q_gmem.at[sequence if self.is_gathered else start, rows],
+            self.q_smem.at[pl.ds(0, loaded)],
+            self.q_barrier,
+        )
+        return _Queries(start, count, offset)
+
+    def _keys(self, queries: _Queries) -> _Keys:
+        """Return which keys are this split's: as many tiles as another's, but at the end."""
+        tile, splits = self.config.tile, self.config.splits
+        block_size = self.k_gmem.shape[2]
+        first_block = self.first_gmem[0]
+        length = self.lens_gmem[lax.axis_index("sequence")]
+        last_tile = lax.div(length + (tile - 1), tile)
+        first_tile = 0
+        if self.sliding_window is not None:
+            lowest = length - queries.num - (self.sliding_window - 1)
+            if self.masks_gmem is not None:
+                lowest -= MASK_BITS - 1
+            first_tile = lax.div(jnp.maximum(lowest, 0), tile)
+        share = lax.div(last_tile - first_tile + (splits - 1), splits)
+        begin = first_tile + lax.axis_index("split") * share
+        steps = jnp.clip(last_tile - begin, 0, share)
+        last_block = jnp.maximum(lax.div(length + (block_size - 1), block_size) - 1, 0)
+        return _Keys(length, begin, steps, first_block, last_block)
+
+    def _fetch(self, keys: _Keys, step, slot, cache_gmem, tile_smem, barriers) -> None:
         """Start the copies of one tile; past the end its last block comes again, for nothing."""
-        for i in range(tile // block_size):
-            index = jnp.minimum((begin + step) * (tile // block_size) + i, last_block)
+        block_size = self.k_gmem.shape[2]
+        copies = self.config.tile // block_size
+        sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
+        for i in range(copies):
+            index = jnp.minimum((keys.begin + step) * copies + i, keys.last_block)
             plgpu.copy_gmem_to_smem(
-                cache_gmem.at[first_block + tables_gmem[sequence, index], head],
+                cache_gmem.at[keys.first_block + self.tables_gmem[sequence, index], head],
                 tile_smem.at[slot, pl.ds(i * block_size, block_size)],
                 barriers.at[slot],
             )
 
-    for i in range(stages):
-
-        @pl.when(i < steps)
-        def _(i=i):
-            fetch(i, i, k_gmem, k_smem, k_barriers)
-            fetch(i, i, v_gmem, v_smem, v_barriers)
-
-    by_row = plgpu.Layout.WGMMA.reduce(1)
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
-    row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), by_row)
-    row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
-    mask = hidden = None
-    if is_masked:
-        mask, hidden = load_masks(masks_gmem[0], sequence, sliding_window)
-    plgpu.barrier_wait(q_barrier)
-
-    def step(i, carry):
+    def _step(self, queries: _Queries, keys: _Keys, masks, i: Array, carry):
+        """Take one tile of keys and values into `carry`, and ask for a later one."""
         acc, row_max, row_sum = carry
+        stages, tile = self.config.stages, self.config.tile
         slot = lax.rem(i, jnp.int32(stages))
-        key = (begin + i) * tile  # position of the tile's first key
+        key = (keys.begin + i) * tile  # position of the tile's first key
 
-        plgpu.barrier_wait(k_barriers.at[slot])
+        def fetch_next(*memory):
+            pl.when(i + stages < keys.steps)(lambda: self._fetch(keys, i + stages, slot, *memory))
 
-        def qk(scores):
-            plgpu.wgmma(scores, q_smem, k_smem.at[slot].transpose((1, 0)))
-            return scores[...]
-
-        scores = pl.run_scoped(qk, plgpu.ACC((ROWS, tile), jnp.float32))
-
-        @pl.when(i + stages < steps)
-        def _():
-            fetch(i + stages, slot, k_gmem, k_smem, k_barriers)
-
-        if soft_cap is None:
-            scores = scores * (scale * LOG2E)
+        plgpu.barrier_wait(self.k_barriers.at[slot])
+        scores = self._scores(slot)
+        fetch_next(self.k_gmem, self.k_smem, self.k_barriers)
+        if self.soft_cap is None:
+            scores = scores * (self.scale * LOG2E)
         else:
-            scores = jnp.tanh(scores * (scale / soft_cap)) * (soft_cap * LOG2E)
-        position = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=plgpu.Layout.WGMMA) + (
-            key - length
-        )  # from the end of the sequence, negative
-        if queries == 1 and mask is None:
-            visible = position < 0
-            if sliding_window is not None:
-                visible &= position >= -sliding_window
-        else:
-            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row) - offset
-            query = lax.broadcast_in_dim(lax.div(row, group) - query_len, position.shape, [0])
-            if mask is not None:
-                visible = visible_keys(query - position, mask, hidden, sliding_window)
-            else:
-                visible = position <= query
-                if sliding_window is not None:
-                    visible &= position > query - sliding_window
+            scores = jnp.tanh(scores * (self.scale / self.soft_cap)) * (self.soft_cap * LOG2E)
+        visible = self._visible(queries, masks, key - keys.length)
         scores = jnp.where(visible, scores, MASKED)
 
         new_max = jnp.maximum(row_max, scores.max(axis=1))
         decay = jnp.exp2(row_max - new_max)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(new_max, scores.shape, [0]))
         row_sum = row_sum * decay + weights.sum(axis=1)
-        weights = weights.astype(dtype)
+        weights = weights.astype(self.q_smem.dtype)
 
-        plgpu.barrier_wait(v_barriers.at[slot])
+        plgpu.barrier_wait(self.v_barriers.at[slot])
+        pl.when(key + tile > keys.length)(lambda: self._clear_values(slot, keys.length - key))
+        product = self._weigh_values(weights, slot)
+        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0]) + product
+        fetch_next(self.v_gmem, self.v_smem, self.v_barriers)
+        return acc, new_max, row_sum
 
-        @pl.when(key + tile > length)
-        def _():
-            # What lies past the end may be NaN, which a weight of 0 does not silence.
-            values = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA)
-            index = plgpu.broadcasted_iota(jnp.int32, (tile, D), 0, layout=plgpu.Layout.WGMMA)
-            v_smem[slot] = jnp.where(index < length - key, values, jnp.zeros_like(values))
-            plgpu.commit_smem()
+    def _scores(self, slot: Array) -> Array:
+        """Return the products of queries and keys."""
 
-        if p_smem is not None:
-            p_smem[...] = weights
+        def qk(scores):
+            plgpu.wgmma(scores, self.q_smem, self.k_smem.at[slot].transpose((1, 0)))
+            return scores[...]
+
+        return pl.run_scoped(qk, plgpu.ACC((ROWS, self.config.tile), jnp.float32))
+
+    def _visible(self, queries: _Queries, masks, first_key: Array) -> Array:
+        """Return which keys of a tile each row sees; its first is at the end plus `first_key`."""
+        shape, window = (ROWS, self.config.tile), self.sliding_window
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        position = column + first_key  # from the end of the sequence, negative
+        if self.queries == 1 and masks is None:
+            visible = position < 0
+            return visible if window is None else visible & (position >= -window)
+        by_row = plgpu.Layout.WGMMA.reduce(1)
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row) - queries.offset
+        query = lax.broadcast_in_dim(lax.div(row, self.group) - queries.num, shape, [0])
+        if masks is not None:
+            return visible_keys(query - position, *masks, window)
+        visible = position <= query
+        return visible if window is None else visible & (position > query - window)
+
+    def _clear_values(self, slot: Array, inside: Array) -> None:
+        """Make values past the end zero: they may be NaN, which a weight of 0 does not silence."""
+        values = plgpu.load(self.v_smem.at[slot], layout=plgpu.Layout.WGMMA)
+        index = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+        self.v_smem[slot] = jnp.where(index < inside, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+    def _weigh_values(self, weights: Array, slot: Array) -> Array:
+        """Return the products of weights and values."""
+        if self.p_smem is not None:
+            self.p_smem[...] = weights
             plgpu.commit_smem()
 
         def pv(product):
-            plgpu.wgmma(product, weights if p_smem is None else p_smem, v_smem.at[slot])
+            left = weights if self.p_smem is None else self.p_smem
+            plgpu.wgmma(product, left, self.v_smem.at[slot])
             return product[...]
 
-        product = pl.run_scoped(pv, plgpu.ACC((ROWS, D), jnp.float32))
-        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0]) + product
+        return pl.run_scoped(pv, plgpu.ACC((ROWS, self.q_gmem.shape[2]), jnp.float32))
 
-        @pl.when(i + stages < steps)
-        def _():
-            fetch(i + stages, slot, v_gmem, v_smem, v_barriers)
+    def _store(self, queries: _Queries, acc: Array, row_max: Array, row_sum: Array) -> None:
+        """Write the rows of the queries; of one split among several, with what a merge wants."""
+        sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
+        row_sum = jnp.maximum(row_sum, 1e-30)
+        acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
+        self.out_smem[...] = acc.astype(self.out_smem.dtype)
+        if self.lse_gmem is None:
+            plgpu.commit_smem()
+            heads = pl.ds(head * self.group, self.group)
+            for i in range(self.queries):
 
-        return acc, new_max, row_sum
+                @pl.when(i < queries.num)
+                def _(i=i):
+                    rows = pl.ds(queries.offset + i * self.group, self.group)
+                    plgpu.copy_smem_to_gmem(
+                        self.out_smem.at[rows], self.out_gmem.at[queries.start + i, heads]
+                    )
 
-    acc, row_max, row_sum = lax.fori_loop(0, steps, step, (acc, row_max, row_sum))
-
-    row_sum = jnp.maximum(row_sum, 1e-30)
-    acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
-    out_smem[...] = acc.astype(out_smem.dtype)
-    if not lse_gmem:
-        plgpu.commit_smem()
-        for i in range(queries):
-
-            @pl.when(i < query_len)
-            def _(i=i):
-                plgpu.copy_smem_to_gmem(
-                    out_smem.at[pl.ds(offset + i * group, group)],
-                    out_gmem.at[start + i, pl.ds(head * group, group)],
-                )
-
-    else:
-        lse_smem[...] = row_max + jnp.log2(row_sum)
-        plgpu.commit_smem()
-        mine = out_smem.at[pl.ds(offset, queries * group)]
-        plgpu.copy_smem_to_gmem(mine, out_gmem.at[sequence, head, split])
-        plgpu.copy_smem_to_gmem(lse_smem, lse_gmem[0].at[sequence, head, split])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        else:
+            split = lax.axis_index("split")
+            self.lse_smem[...] = row_max + jnp.log2(row_sum)
+            plgpu.commit_smem()
+            rows = pl.ds(queries.offset, self.queries * self.group)
+            plgpu.copy_smem_to_gmem(self.out_smem.at[rows], self.out_gmem.at[sequence, head, split])
+            plgpu.copy_smem_to_gmem(self.lse_smem, self.lse_gmem.at[sequence, head, split])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _queries(sequence, starts_gmem, queries, is_scattered):

@@ -11,7 +11,8 @@ single query go to the decode kernel.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from arctic_jax.pallas_kernels.paged_attention import mosaic_gpu
-from arctic_jax.pallas_kernels.paged_attention.mosaic_gpu import (
-    load_masks,
-    visible_keys,
-)
+from arctic_jax.pallas_kernels.paged_attention.mosaic_gpu import load_masks, visible_keys
 from arctic_jax.pallas_kernels.paged_attention.reference import MASK_BITS, num_hidden
 from arctic_jax.pallas_kernels.paged_cache import all_blocks
 
@@ -246,64 +244,117 @@ def _item(head, work, tile: int, window: int | None, most_hidden: int) -> _Item:
     return _Item(head, sequence, length, *rows, shift, begin, full_begin, full_end, end)
 
 
-def _body(
-    q_gmem,  # [T rounded up to 8, H, D]
-    k_gmem,  # [layers * blocks, KV, block_size, D]
-    v_gmem,  # [layers * blocks, KV, block_size, D]
-    first_gmem,  # [1], the layer's first block
-    tables_gmem,  # [S, B]
-    work_gmem,  # [5, tiles], see `_tiles`
-    count_gmem,  # [1], of the tiles
-    *more_gmem,  # [2, T rounded up to 128]: masks and how many keys they hide, if there are draft
-    # masks; then the result, [T, H, D]
-    is_masked: bool,
-    config: Config,
-    group: int,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    q_and_out_smem,
-    k_smem,
-    v_smem,
-    p_smem,
-    q_barrier,
-    k_barriers,
-    v_barriers,
-    q_read,
-    k_read,
-    v_read,
-    clean,
-    turn,
-):
-    masks_gmem, (out_gmem,) = more_gmem[:is_masked], more_gmem[is_masked:]
+def _body(*references, is_masked: bool, q_and_out_smem, **options):
+    """Run one thread block: its third warpgroup loads, the other two compute."""
+    *inputs, out_gmem = references
+    masks_gmem = inputs.pop() if is_masked else None
     q_smem, out_smem = q_and_out_smem
-    _, heads, D = q_gmem.shape
-    block_size, dtype = k_gmem.shape[2], k_gmem.dtype
-    tile, stages = config.tile, config.stages
+    shared = {"q_smem": q_smem, "out_smem": out_smem}
     warpgroup = lax.axis_index("warpgroup")
-    interpreted = p_smem is not None
-    most_hidden = (MASK_BITS - 1) * is_masked
+    block = _ThreadBlock(*inputs, masks_gmem, out_gmem, warpgroup, **shared, **options)
+    pl.when(warpgroup == PRODUCER)(block.produce)
+    pl.when(warpgroup < PRODUCER)(block.compute)
 
-    def each_item(run):
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ThreadBlock:
+    """What one thread block sees and does.
+
+    Attributes:
+        q_gmem: `[T rounded up to 8, H, D]`.
+        k_gmem, v_gmem: `[layers * blocks, KV, block_size, D]`.
+        first_gmem: `[1]`, the layer's first block.
+        tables_gmem: `[S, B]`.
+        work_gmem, count_gmem: see `_tiles`.
+        masks_gmem: `[2, T rounded up to 128]` draft masks and how many keys they hide, or `None`.
+        out_gmem: `[T, H, D]`.
+        warpgroup: index of this one.
+        *_smem: see `mixed`, as the barriers: of what has arrived, has been read, is `clean` of
+            what lies past a sequence's end, and whose turn with the tensor cores it is.
+    """
+
+    q_gmem: Any
+    k_gmem: Any
+    v_gmem: Any
+    first_gmem: Any
+    tables_gmem: Any
+    work_gmem: Any
+    count_gmem: Any
+    masks_gmem: Any
+    out_gmem: Any
+    warpgroup: Any
+    _: dataclasses.KW_ONLY
+    config: Config
+    group: int
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+    q_smem: Any
+    out_smem: Any
+    k_smem: Any
+    v_smem: Any
+    p_smem: Any
+    q_barrier: Any
+    k_barriers: Any
+    v_barriers: Any
+    q_read: Any
+    k_read: Any
+    v_read: Any
+    clean: Any
+    turn: Any
+
+    @property
+    def is_interpreted(self) -> bool:
+        return self.p_smem is not None
+
+    def produce(self):
+        """Bring in what the items need."""
+        stages = self.config.stages
+        if not self.is_interpreted:
+            plgpu.set_max_registers(24, action="decrease")
+        items, steps = self._each_item(self._load)
+
+        # The last arrivals are waited for, too: barriers are left as they were found.
+        pl.when(items > 0)(lambda: plgpu.barrier_wait(self.q_read))
+
+        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+        def _(step):
+            plgpu.barrier_wait(self.k_read.at[lax.rem(step, stages)])
+            plgpu.barrier_wait(self.v_read.at[lax.rem(step, stages)])
+
+    def compute(self):
+        """Attend, with 64 rows of each item."""
+        if not self.is_interpreted:
+            plgpu.set_max_registers(240, action="increase")
+        pl.when(self.warpgroup == 1)(self._end_turn)
+        self._each_item(self._attend)
+        pl.when(self.warpgroup == 0)(self._pass_turn)
+        pl.when(self.warpgroup == 1)(self._wait_for_turn)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _each_item(self, run: Callable[[_Item, Array, Array], None]) -> tuple[Array, Array]:
         """Run the items of this thread block: every n-th, from either end of n in turns.
 
         Long ones come first, so that all thread blocks get about as much. `run` gets an item, how
         many were before it, and their steps. How many there were in the end is returned.
         """
         block, blocks = lax.axis_index("block"), lax.axis_size("block")
-        count = count_gmem[0] * heads
+        heads = self.q_gmem.shape[1]
+        count = self.count_gmem[0] * heads
+        most_hidden = 0 if self.masks_gmem is None else MASK_BITS - 1
 
         def index(turn):
             return turn * blocks + jnp.where(lax.rem(turn, 2) == 0, block, blocks - 1 - block)
 
         def look_up(turn):
             row = lax.div(jnp.clip(index(turn), 0, jnp.maximum(count - 1, 0)), heads)
-            return tuple(work_gmem[i, row] for i in range(5))
+            return tuple(self.work_gmem[i, row] for i in range(5))
 
         def run_one(turn, carry):
             before, work = carry
             following = look_up(turn + 1)  # now, and not when it is waited for
-            item = _item(lax.rem(index(turn), heads), work, tile, sliding_window, most_hidden)
+            head = lax.rem(index(turn), heads)
+            item = _item(head, work, self.config.tile, self.sliding_window, most_hidden)
             run(item, turn, before)
             return before + item.end - item.begin, following
 
@@ -312,26 +363,29 @@ def _body(
         steps, _ = lax.fori_loop(0, turns, run_one, (jnp.int32(0), look_up(0)))
         return turns, steps
 
-    def load(item: _Item, items_before, steps_before):
-        first_block = first_gmem[0]
+    # --- the producer
+
+    def _load(self, item: _Item, items_before: Array, steps_before: Array) -> None:
+        """Bring in an item's queries, and its keys and values step by step."""
+        block_size = self.k_gmem.shape[2]
+        copies, stages = self.config.tile // block_size, self.config.stages
+        first_block = self.first_gmem[0]
         last_block = lax.div(item.length + (block_size - 1), block_size) - 1
 
         def fetch_queries():
-            pl.when(items_before > 0)(lambda: plgpu.barrier_wait(q_read))
+            pl.when(items_before > 0)(lambda: plgpu.barrier_wait(self.q_read))
             for i in range(2):
+                rows = pl.ds(pl.multiple_of(item.top + i * ROWS, 8), ROWS)
                 plgpu.copy_gmem_to_smem(
-                    q_gmem.at[pl.ds(pl.multiple_of(item.top + i * ROWS, 8), ROWS), item.head],
-                    q_smem.at[i],
-                    q_barrier,
+                    self.q_gmem.at[rows, item.head], self.q_smem.at[i], self.q_barrier
                 )
 
         def fetch(i, slot, cache_gmem, tile_smem, barriers):
-            for j in range(tile // block_size):
-                index = jnp.minimum(i * (tile // block_size) + j, last_block)
+            for j in range(copies):
+                index = jnp.minimum(i * copies + j, last_block)
+                block = first_block + self.tables_gmem[item.sequence, index]
                 plgpu.copy_gmem_to_smem(
-                    cache_gmem.at[
-                        first_block + tables_gmem[item.sequence, index], lax.div(item.head, group)
-                    ],
+                    cache_gmem.at[block, lax.div(item.head, self.group)],
                     tile_smem.at[slot, pl.ds(j * block_size, block_size)],
                     barriers.at[slot],
                 )
@@ -340,144 +394,172 @@ def _body(
         def _(i):
             step = steps_before + i - item.begin
             slot = lax.rem(step, stages)
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_read.at[slot]))
-            fetch(i, slot, k_gmem, k_smem, k_barriers)
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(self.k_read.at[slot]))
+            fetch(i, slot, self.k_gmem, self.k_smem, self.k_barriers)
             pl.when(i == item.begin)(fetch_queries)  # these wait longer, for the item before
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_read.at[slot]))
-            fetch(i, slot, v_gmem, v_smem, v_barriers)
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(self.v_read.at[slot]))
+            fetch(i, slot, self.v_gmem, self.v_smem, self.v_barriers)
 
-    def end_turn():
-        if config.take_turns:
-            plgpu.barrier_arrive(turn)
+    # --- turns of the two that compute
 
-    def wait_for_turn():
-        if config.take_turns:
-            plgpu.barrier_wait(turn)
+    def _end_turn(self) -> None:
+        if self.config.take_turns:
+            plgpu.barrier_arrive(self.turn)
 
-    def pass_turn():
-        end_turn()
-        wait_for_turn()
+    def _wait_for_turn(self) -> None:
+        if self.config.take_turns:
+            plgpu.barrier_wait(self.turn)
 
-    def attend(item: _Item, _, steps_before):
-        first_row = item.top + warpgroup * ROWS
+    def _pass_turn(self) -> None:
+        self._end_turn()
+        self._wait_for_turn()
+
+    # --- one that computes
+
+    def _attend(self, item: _Item, _, steps_before: Array) -> None:
+        """Compute 64 rows of an item's result, and store them."""
+        D = self.q_gmem.shape[2]
+        first_row = item.top + self.warpgroup * ROWS
         by_row = plgpu.Layout.WGMMA.reduce(1)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
         row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), by_row)
         row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
-        mask = hidden = None
-        if is_masked:
-            mask, hidden = load_masks(masks_gmem[0], pl.ds(first_row, ROWS), sliding_window)
-        plgpu.barrier_wait(q_barrier)
-        pl.when(warpgroup == 1)(wait_for_turn)
+        masks = None
+        if self.masks_gmem is not None:
+            masks = load_masks(self.masks_gmem, pl.ds(first_row, ROWS), self.sliding_window)
+        plgpu.barrier_wait(self.q_barrier)
+        pl.when(self.warpgroup == 1)(self._wait_for_turn)
 
-        def step(i, carry, *, masked: bool):
-            acc, row_max, row_sum = carry
-            slot = lax.rem(steps_before + i - item.begin, stages)
-            plgpu.barrier_wait(k_barriers.at[slot])
-
-            def qk(scores):
-                plgpu.wgmma(scores, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)))
-                pass_turn()
-                return scores[...]
-
-            scores = pl.run_scoped(qk, plgpu.ACC((ROWS, tile), jnp.float32))
-            plgpu.barrier_arrive(k_read.at[slot])
-            if not config.shares:
-                pl.when(i + 1 == item.end)(lambda: plgpu.barrier_arrive(q_read))
-            factor = scale * LOG2E
-            if soft_cap is not None:
-                scores = jnp.tanh(scores * (scale / soft_cap))
-                factor = soft_cap * LOG2E
-            if masked:
-                iota = functools.partial(
-                    plgpu.broadcasted_iota, jnp.int32, layout=plgpu.Layout.WGMMA
-                )
-                ahead = iota((ROWS, tile), 1) - iota((ROWS, tile), 0)
-                ahead = ahead + (i * tile - first_row - item.shift)  # key less query position
-                if mask is not None:
-                    visible = visible_keys(-ahead, mask, hidden, sliding_window)
-                else:
-                    visible = ahead <= 0
-                    if sliding_window is not None:
-                        visible &= ahead > -sliding_window
-                # Scaled first: a fused multiply-add of MASKED would leave its rounding error.
-                scores = jnp.where(visible, scores * factor, MASKED)
-                factor = 1.0
-            # The scale is applied in the exponent's multiply-add.
-            new_max = jnp.maximum(row_max, scores.max(axis=1) * factor)
-            decay = jnp.exp2(row_max - new_max)
-            weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_max, scores.shape, [0]))
-            acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-            row_sum = row_sum * decay + weights.sum(axis=1)
-            weights = weights.astype(dtype)
-            if not interpreted:
-                acc, row_sum, new_max, weights = lax.optimization_barrier(
-                    (acc, row_sum, new_max, weights)
-                )
-
-            end_turn()
-            plgpu.barrier_wait(v_barriers.at[slot])
-            wait_for_turn()
-            if masked:
-
-                @pl.when((i + 1) * tile > item.length)
-                def _():
-                    # What lies past the end may be NaN, which a weight of 0 does not silence.
-                    @pl.when(warpgroup == 0)
-                    def _():
-                        for first in range(0, tile, ROWS):  # so that few registers suffice
-                            part = v_smem.at[slot, pl.ds(first, ROWS)]
-                            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                            index = plgpu.broadcasted_iota(
-                                jnp.int32, (ROWS, D), 0, layout=plgpu.Layout.WGMMA
-                            )
-                            inside = index < item.length - i * tile - first
-                            part[...] = jnp.where(inside, values, jnp.zeros_like(values))
-                        plgpu.commit_smem()
-                        plgpu.barrier_arrive(clean)
-
-                    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(clean))
-
-            if interpreted:
-                p_smem[warpgroup] = weights
-                plgpu.commit_smem()
-
-            def pv(product):
-                left = p_smem.at[warpgroup] if interpreted else weights
-                plgpu.wgmma(product, left, v_smem.at[slot])
-                if interpreted:
-                    return product[...]
-
-            if interpreted:
-                acc = acc + pl.run_scoped(pv, plgpu.ACC((ROWS, D), jnp.float32))
-            else:
-                acc = pl.run_state(pv)(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(v_read.at[slot])
-            return acc, new_max, row_sum
-
+        step = functools.partial(self._step, item, first_row, steps_before)
+        inner, edge = step, functools.partial(step, hide=functools.partial(self._hide, masks))
         carry = acc, row_max, row_sum
-        edge, inner = (functools.partial(step, masked=masked) for masked in (True, False))
-        if sliding_window is not None:
+        if self.sliding_window is not None:
             carry = lax.fori_loop(item.begin, item.full_begin, edge, carry)
         carry = lax.fori_loop(item.full_begin, item.full_end, inner, carry)
         acc, row_max, row_sum = lax.fori_loop(item.full_end, item.end, edge, carry)
         # The second's last product needs not wait until the first has stored its result, nor the
         # first's next one until the second has.
-        pl.when(warpgroup == 0)(pass_turn)
-        pl.when(warpgroup == 1)(end_turn)
+        pl.when(self.warpgroup == 0)(self._pass_turn)
+        pl.when(self.warpgroup == 1)(self._end_turn)
 
         inverse = 1 / jnp.maximum(row_sum, 1e-30)
-        acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+        self._store(item, first_row, acc * lax.broadcast_in_dim(inverse, acc.shape, [0]))
+
+    def _step(self, item: _Item, first_row: Array, steps_before: Array, i, carry, hide=None):
+        """Take the keys and values of one step into `carry`; `hide` does so with scores."""
+        acc, row_max, row_sum = carry
+        slot = lax.rem(steps_before + i - item.begin, self.config.stages)
+        scores = self._scores(slot)
+        if not self.config.shares:
+            pl.when(i + 1 == item.end)(lambda: plgpu.barrier_arrive(self.q_read))
+        factor = self.scale * LOG2E
+        if self.soft_cap is not None:
+            scores = jnp.tanh(scores * (self.scale / self.soft_cap))
+            factor = self.soft_cap * LOG2E
+        if hide is not None:
+            # Scaled first: a fused multiply-add of MASKED would leave its rounding error.
+            scores = hide(scores, factor, i * self.config.tile - first_row - item.shift)
+            factor = 1.0
+        # The scale is applied in the exponent's multiply-add.
+        new_max = jnp.maximum(row_max, scores.max(axis=1) * factor)
+        decay = jnp.exp2(row_max - new_max)
+        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_max, scores.shape, [0]))
+        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+        row_sum = row_sum * decay + weights.sum(axis=1)
+        weights = weights.astype(self.q_gmem.dtype)
+        if not self.is_interpreted:
+            acc, row_sum, new_max, weights = lax.optimization_barrier(
+                (acc, row_sum, new_max, weights)
+            )
+
+        self._end_turn()
+        plgpu.barrier_wait(self.v_barriers.at[slot])
+        self._wait_for_turn()
+        if hide is not None:
+            past_the_end = (i + 1) * self.config.tile > item.length
+            pl.when(past_the_end)(lambda: self._clear_values(item, i, slot))
+        return self._add_values(acc, weights, slot), new_max, row_sum
+
+    def _scores(self, slot: Array) -> Array:
+        """Return the products of queries and keys."""
+
+        def qk(scores):
+            keys = self.k_smem.at[slot].transpose((1, 0))
+            plgpu.wgmma(scores, self.q_smem.at[self.warpgroup], keys)
+            self._pass_turn()
+            return scores[...]
+
+        plgpu.barrier_wait(self.k_barriers.at[slot])
+        scores = pl.run_scoped(qk, plgpu.ACC((ROWS, self.config.tile), jnp.float32))
+        plgpu.barrier_arrive(self.k_read.at[slot])
+        return scores
+
+    def _hide(self, masks, scores: Array, factor: float, first_key: Array) -> Array:
+        """Return scores times `factor`, those of keys that a row does not see very low.
+
+        `first_key` is the position of the step's first key less that of the first row.
+        """
+        iota = functools.partial(
+            plgpu.broadcasted_iota, jnp.int32, scores.shape, layout=plgpu.Layout.WGMMA
+        )
+        ahead = iota(1) - iota(0) + first_key  # key less query position
+        if masks is not None:
+            visible = visible_keys(-ahead, *masks, self.sliding_window)
+        else:
+            visible = ahead <= 0
+            if self.sliding_window is not None:
+                visible &= ahead > -self.sliding_window
+        return jnp.where(visible, scores * factor, MASKED)
+
+    def _clear_values(self, item: _Item, i: Array, slot: Array) -> None:
+        """Make values past the sequence's end zero: NaN is not silenced by a weight of 0."""
+        tile = self.config.tile
+
+        @pl.when(self.warpgroup == 0)
+        def _():
+            for first in range(0, tile, ROWS):  # so that few registers suffice
+                part = self.v_smem.at[slot, pl.ds(first, ROWS)]
+                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                index = plgpu.broadcasted_iota(
+                    jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA
+                )
+                inside = index < item.length - i * tile - first
+                part[...] = jnp.where(inside, values, jnp.zeros_like(values))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.clean)
+
+        pl.when(self.warpgroup == 1)(lambda: plgpu.barrier_wait(self.clean))
+
+    def _add_values(self, acc: Array, weights: Array, slot: Array) -> Array:
+        """Return `acc` plus the products of weights and values."""
+
+        def pv(product):
+            left = self.p_smem.at[self.warpgroup] if self.is_interpreted else weights
+            plgpu.wgmma(product, left, self.v_smem.at[slot])
+            if self.is_interpreted:
+                return product[...]
+
+        if self.is_interpreted:
+            self.p_smem[self.warpgroup] = weights
+            plgpu.commit_smem()
+            total: Any = acc + pl.run_scoped(pv, plgpu.ACC(acc.shape, jnp.float32))
+        else:
+            total = pl.run_state(pv)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(self.v_read.at[slot])
+        return total
+
+    def _store(self, item: _Item, first_row: Array, result: Array) -> None:
+        """Write those of 64 rows that are the sequence's."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
-        out_smem[warpgroup] = acc.astype(dtype)
+        self.out_smem[self.warpgroup] = result.astype(self.q_gmem.dtype)
         plgpu.commit_smem()
-        begin_row = jnp.maximum(item.low, first_row)
-        count = jnp.minimum(item.high, first_row + ROWS) - begin_row
+        begin = jnp.maximum(item.low, first_row)
+        count = jnp.minimum(item.high, first_row + ROWS) - begin
 
         def store(row, rows):
             plgpu.copy_smem_to_gmem(
-                out_smem.at[warpgroup, pl.ds(row - first_row, rows)],
-                out_gmem.at[pl.ds(row, rows), item.head],
+                self.out_smem.at[self.warpgroup, pl.ds(row - first_row, rows)],
+                self.out_gmem.at[pl.ds(row, rows), item.head],
             )
 
         # Any number of rows as a sum of powers of two, TMA boxes being static.
@@ -485,32 +567,8 @@ def _body(
             rows = 1 << bit
             below = count & (rows - 1)
             pl.when((count > 0) & ((count & rows) != 0))(
-                functools.partial(store, begin_row + below, rows)
+                functools.partial(store, begin + below, rows)
             )
-        if config.shares:
+        if self.config.shares:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(q_read)
-
-    @pl.when(warpgroup == PRODUCER)
-    def _():
-        if not interpreted:
-            plgpu.set_max_registers(24, action="decrease")
-        items, steps = each_item(load)
-
-        # The last arrivals are waited for, too: barriers are left as they were found.
-        pl.when(items > 0)(lambda: plgpu.barrier_wait(q_read))
-
-        @pl.loop(jnp.maximum(steps - stages, 0), steps)
-        def _(step):
-            plgpu.barrier_wait(k_read.at[lax.rem(step, stages)])
-            plgpu.barrier_wait(v_read.at[lax.rem(step, stages)])
-
-    @pl.when(warpgroup < PRODUCER)
-    def _():
-        if not interpreted:
-            plgpu.set_max_registers(240, action="increase")
-        pl.when(warpgroup == 1)(end_turn)
-        each_item(attend)
-        pl.when(warpgroup == 0)(pass_turn)
-        pl.when(warpgroup == 1)(wait_for_turn)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(self.q_read)
