@@ -30,7 +30,8 @@ from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, silent
 from arctic_jax.request import Request, RequestOutput, RequestStatus, SamplingParams
-from arctic_jax.spec_decode.proposer import SpeculationStats, build_proposer
+from arctic_jax.spec_decode.proposer import build_proposer
+from arctic_jax.spec_decode.speculation_stats import SpeculationStats
 
 logger = logging.getLogger(__name__)
 

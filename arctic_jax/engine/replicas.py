@@ -20,7 +20,7 @@ from arctic_jax.engine.step_log import StepLog
 from arctic_jax.loading.model_files import ModelFiles, open_model
 from arctic_jax.progress import Report, silent
 from arctic_jax.request import RequestOutput, SamplingParams
-from arctic_jax.spec_decode.proposer import SpeculationStats
+from arctic_jax.spec_decode.speculation_stats import SpeculationStats
 
 
 class ReplicatedEngine:

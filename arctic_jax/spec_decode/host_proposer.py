@@ -26,7 +26,7 @@ from arctic_jax.spec_decode.acceptance import Acceptance, Trust
 from arctic_jax.spec_decode.allowance import Allowance
 from arctic_jax.spec_decode.draft import Draft
 from arctic_jax.spec_decode.draft_costs import DraftCosts
-from arctic_jax.spec_decode.proposer import SpeculationStats
+from arctic_jax.spec_decode.speculation_stats import SpeculationStats
 from arctic_jax.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:  # it imports jax, which this package does without

@@ -9,7 +9,7 @@ from arctic_jax.scheduled_batch import ScheduledRequest
 from arctic_jax.spec_decode import draft_tree
 from arctic_jax.spec_decode.acceptance import Acceptance
 from arctic_jax.spec_decode.draft import Draft
-from arctic_jax.spec_decode.proposer import SpeculationStats
+from arctic_jax.spec_decode.speculation_stats import SpeculationStats
 
 TREES = st.integers(0, 31).flatmap(
     lambda n: st.tuples(
