@@ -152,6 +152,11 @@ def figures_of(result: Any, name: str = "", sign: int = 0) -> Iterator[tuple[str
                 yield from figures_of(entry, f"{name} [{which}]".strip(), sign)
 
 
+def show(value: float) -> str:
+    """Return a number for readers: four digits, or more before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def _sign(key: str) -> int:
     if key.endswith(HIGHER):
         return 1
@@ -214,8 +219,9 @@ def _peers_table(now: Results, peers: Sequence[Mapping[str, Any]]) -> str:
         limit, share = peer.get("limit"), ""
         if limit is not None:
             share = f"{limit / figure.value if figure.sign < 0 else figure.value / limit:.0%}"
-        cells = (peer["part"], peer["figure"], f"{figure.value:.4g}", f"{peer['value']:.4g}")
-        rows.append((*cells, peer["peer"], f"{ahead:.2f}", f"{limit or ''}", share))
+        cells = (peer["part"], peer["figure"], show(figure.value), show(peer["value"]))
+        limited = "" if limit is None else show(limit)
+        rows.append((*cells, peer["peer"], f"{ahead:.2f}", limited, share))
     if not rows:
         return ""
     head = ("part", "figure", "ours", "peer", "who", "times as good", "limit", "of the limit")
@@ -231,7 +237,7 @@ def _table(part: str, figures: Mapping[str, Figure], runs: Sequence[Results]) ->
     rows = []
     for name in figures:
         values = [run.parts.get(part, {}).get(name) for run in runs]
-        rows.append((name, *("" if v is None else f"{v.value:.4g}" for v in values)))
+        rows.append((name, *("" if v is None else show(v.value) for v in values)))
     return _html_table(("figure", *(run.date for run in runs)), rows)
 
 

@@ -278,7 +278,12 @@ def compare(
     for change in notable:
         style = "red" if change in losses else None
         name = escape(change.name)  # its brackets are no markup
-        row = name, f"{change.before:.4g}", f"{change.after:.4g}", f"{change.gain:+.1%}"
+        row = (
+            name,
+            bench_report.show(change.before),
+            bench_report.show(change.after),
+            f"{change.gain:+.1%}",
+        )
         table.add_row(*row, style=style)
     if notable:
         stdout.print(table)

@@ -163,7 +163,7 @@ def test_a_report_of_one_run(tmp_path: Path) -> None:
 
 def test_a_report_of_what_is_committed(tmp_path: Path) -> None:
     """With the peers that were recorded for that machine."""
-    source = ROOT / "benchmarks" / "results" / "h200"
+    source = ROOT / "benchmarks" / "results" / "h200" / "suite"
     for path in source.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     page = bench_report.write(tmp_path, [source]).read_text()
