@@ -4,23 +4,26 @@
 
 Prints device time, bandwidth or arithmetic rate, the fraction of what this GPU was measured to do
 in the same run (a device-to-device copy, an 8192³ bf16 product), and the largest difference from
-the XLA implementation. A call's time is that of the device alone (`seconds_per_call`); the calls go
-round several sets of inputs, together larger than the L2 cache where they are not tiny. With
+the XLA implementation. A call's time is that of the device alone (`seconds_per_launch`); the calls
+go round several sets of inputs, together larger than the L2 cache where they are not tiny. With
 `--profile`, also what each kernel takes on the GPU, those of XLA around ours included: what a step
 computes once for all layers, such a call computes anew.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import datetime
 import functools
 import importlib
 import json
+import os
 import pathlib
 import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +36,9 @@ from arctic_jax import pallas_kernels
 ROOT = pathlib.Path(next(iter(pallas_kernels.__path__)))
 OPERATIONS = sorted(path.parent.name for path in ROOT.glob("*/cases.py"))
 L2_BYTES = 60e6
+LONG_S = 0.02  # of a program: the host's share is less than a hundredth of that
+CHAIN_S = 4e-4  # of a program, if its calls reach the floor: longer than its launch takes the host
+MOST_CHAINED = 128  # calls in one program
 
 
 def median_seconds(program, state, repeats: int = 7):
@@ -72,7 +78,8 @@ def seconds_per_launch(program, sets: list[tuple]) -> tuple[float, list[tuple]]:
     """Return device seconds of one launch of a `chain`, and the sets that come out.
 
     The programs are launched without waiting for each other, and each must be long enough for the
-    host to stay ahead; the slope between few and many launches leaves out the first one's latency.
+    host to stay ahead; the slope between few and many launches leaves out the first one's latency,
+    which is nothing beside a program that takes long.
     """
 
     def launches(count, sets):
@@ -80,19 +87,12 @@ def seconds_per_launch(program, sets: list[tuple]) -> tuple[float, list[tuple]]:
             sets = program(sets)
         return sets
 
+    one, sets = median_seconds(program, sets, repeats=3)
+    if one > LONG_S:
+        return one, sets
     few, sets = median_seconds(functools.partial(launches, 2), sets)
     many, sets = median_seconds(functools.partial(launches, 12), sets)
     return (many - few) / 10, sets
-
-
-def seconds_per_call(function, following, sets: list[tuple]) -> float:
-    """Return device seconds of one call, from a chain that is long enough."""
-    function = jax.jit(function)  # traced once for all chains
-    for count in (1, 8, 64, 256):
-        seconds, sets = seconds_per_launch(chain(function, following, count), sets)
-        if seconds > 2.5e-4:
-            break
-    return seconds / count
 
 
 def kernel_microseconds(function, arguments: tuple, calls: int = 10) -> dict[str, float]:
@@ -115,52 +115,102 @@ def kernel_microseconds(function, arguments: tuple, calls: int = 10) -> dict[str
 
 def ceilings() -> dict[str, float]:
     """Return the measured bytes/s of a copy and FLOP/s of a large bf16 product."""
-    replace = lambda arguments, output: (output, *arguments[1:])
-    x = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16)
+    on_gpu = jax.default_backend() == "gpu"
+    x = jax.random.normal(jax.random.key(0), (1 << (29 if on_gpu else 24),), jnp.bfloat16)
     duplicate = jax.jit(jnp.copy)  # its input stays alive, so this is a copy in device memory
     times = []
     for count in (4, 24):
         program = lambda _, count=count: [duplicate(x) for _ in range(count)]
         times.append(median_seconds(program, None)[0])
     copy = (times[1] - times[0]) / 20
-    moved, n = 2 * x.nbytes, 8192
+    moved, n, count = 2 * x.nbytes, 8192 if on_gpu else 1024, 8
     a = jax.random.normal(jax.random.key(1), (n, n), jnp.bfloat16) / n**0.5
     b = jax.random.normal(jax.random.key(2), (n, n), jnp.bfloat16) / n**0.5
-    dot = seconds_per_call(jnp.matmul, replace, [(a, b)])
-    return {"bytes_per_s": moved / copy, "flop_per_s": 2 * n**3 / dot}
+    products = chain(jnp.matmul, lambda arguments, output: (output, *arguments[1:]), count)
+    seconds, _ = seconds_per_launch(products, [(a, b)])
+    return {"bytes_per_s": moved / copy, "flop_per_s": 2 * n**3 * count / seconds}
 
 
-def run(
-    operation: str, case, implementations: list[str], ceiling: dict, profile: bool
-) -> list[dict]:
-    """Measure one case; one row an implementation."""
-    package = f"{pallas_kernels.__name__}.{operation}"
-    op = importlib.import_module(f"{package}.op")
-    cases = importlib.import_module(f"{package}.cases")
-    arguments, keywords = cases.inputs(case)
-    moved, flops = cases.cost(case)
-    share = max(moved, arguments[0].nbytes)
-    copies = min(6, int(4 * L2_BYTES // share) + 1)
-    outputs, rows = {}, []
-    for implementation in dict.fromkeys(["xla", *implementations]):
-        row = {"operation": operation, "case": case.name, "implementation": implementation}
+class Candidate:
+    """One implementation on one case, compiled by a pool of threads; inputs are not kept.
+
+    Attributes:
+        unsupported: why the implementation does not take the case, or `None`.
+        programs: a future of one call and a chain of `count` calls, whose inputs come from
+            `copies` sets.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        case: Any,
+        implementation: str,
+        ceiling: dict[str, float],
+        pool: concurrent.futures.Executor,
+    ) -> None:
+        package = f"{pallas_kernels.__name__}.{operation}"
+        op = importlib.import_module(f"{package}.op")
+        self.operation, self.case, self.implementation = operation, case, implementation
+        self.cases = importlib.import_module(f"{package}.cases")
+        self.unsupported = None
+        arguments, keywords = self.cases.inputs(case)
+        if implementation == "mosaic_gpu":
+            self.unsupported = op.mosaic_gpu_unsupported(*arguments, **keywords)
+        if self.unsupported is not None:
+            return
         call = functools.partial(getattr(op, operation), **keywords, implementation=implementation)
-        if implementation == "mosaic_gpu" and (
-            reason := op.mosaic_gpu_unsupported(*arguments, **keywords)
-        ):
-            rows.append(row | {"unsupported": reason})
-            continue
-        program = jax.jit(call)
+        moved, flops = self.cases.cost(case)
+        floor = max(moved / ceiling["bytes_per_s"], flops / ceiling["flop_per_s"])
+        self.count = int(np.clip(CHAIN_S / floor, 1, MOST_CHAINED))
+        self.copies = min(6, int(4 * L2_BYTES // max(moved, arguments[0].nbytes)) + 1)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), arguments)
+        self.programs = pool.submit(self._compile, call, shapes)
+
+    def _compile(self, call, shapes: tuple) -> tuple:
+        """Return one call and the chain, compiled."""
+        if isinstance(jax.eval_shape(call, *shapes), tuple):
+            self.copies = 1  # an operation that updates its arguments in place: one set goes round
+        calls = chain(call, self.cases.following, self.count).lower([shapes] * self.copies)
+        return jax.jit(call).lower(*shapes).compile(), calls.compile()
+
+    def output(self) -> tuple[np.ndarray, ...]:
+        """Return what one call gives, checked for what is wrong anyway."""
+        program, _ = self.programs.result()
+        arguments, _ = self.cases.inputs(self.case)
         output = jax.block_until_ready(program(*arguments))
-        if isinstance(output, tuple):
-            copies = 1  # an operation that updates its arguments in place: one set goes round
-        outputs[implementation] = cases.comparable(case, output, arguments)
-        del output
-        if implementation not in implementations:
+        return self.cases.comparable(self.case, output, arguments)
+
+    def seconds(self) -> float:
+        """Return device seconds of one call."""
+        _, chained = self.programs.result()
+        sets = [self.cases.inputs(self.case, seed)[0] for seed in range(self.copies)]
+        return seconds_per_launch(chained, sets)[0] / self.count
+
+    def kernels_us(self) -> dict[str, float]:
+        """Return what one call spends in each kernel."""
+        return kernel_microseconds(self.programs.result()[0], self.cases.inputs(self.case)[0])
+
+
+def measure(
+    candidates: list[Candidate], implementations: list[str], ceiling: dict, profile: bool
+) -> list[dict]:
+    """Measure one case; one row an implementation. The first candidate is the reference."""
+    moved, flops = candidates[0].cases.cost(candidates[0].case)
+    reference, rows = candidates[0].output(), []
+    for candidate in candidates:
+        if candidate.implementation not in implementations:
             continue
-        sets = [cases.inputs(case, seed)[0] for seed in range(copies)]
-        seconds = seconds_per_call(call, cases.following, sets)
-        pairs = zip(outputs[implementation], outputs["xla"], strict=True)
+        row = {
+            "operation": candidate.operation,
+            "case": candidate.case.name,
+            "implementation": candidate.implementation,
+        }
+        if candidate.unsupported is not None:
+            rows.append(row | {"unsupported": candidate.unsupported})
+            continue
+        output = reference if candidate is candidates[0] else candidate.output()
+        pairs = zip(output, reference, strict=True)
+        seconds = candidate.seconds()
         by_bytes, by_flops = moved / seconds, flops / seconds
         limits = by_bytes / ceiling["bytes_per_s"], by_flops / ceiling["flop_per_s"]
         rows.append(
@@ -175,7 +225,7 @@ def run(
             }
         )
         if profile:
-            rows[-1]["kernels_us"] = kernel_microseconds(program, arguments)
+            rows[-1]["kernels_us"] = candidate.kernels_us()
     return rows
 
 
@@ -204,9 +254,21 @@ def write(path: pathlib.Path, ceiling: dict, rows: list[dict]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def candidates_of(operation: str, options, ceiling: dict) -> list[list[Candidate]]:
+    """Return the candidates of each case that is asked for, XLA's first; all are compiled."""
+    cases = importlib.import_module(f"{pallas_kernels.__name__}.{operation}.cases").CASES
+    names = dict.fromkeys(["xla", *options.implementations])
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [
+            [Candidate(operation, case, name, ceiling, pool) for name in names]
+            for case in cases
+            if "bench" in case.tags.split() and options.filter in f"{operation} {case.name}"
+        ]
+
+
 def main() -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--filter", default="", help="only the cases whose name has this text")
     parser.add_argument("--implementations", nargs="+", default=["xla", "mosaic_gpu"])
@@ -217,21 +279,12 @@ def main() -> None:
     print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
     rows = []
     for operation in options.operations:
-        cases = importlib.import_module(f"{pallas_kernels.__name__}.{operation}.cases")
-        for case in cases.CASES:
-            if "bench" not in case.tags.split() or options.filter not in f"{operation} {case.name}":
-                continue
+        for candidates in candidates_of(operation, options, ceiling):
             try:
-                found = run(operation, case, options.implementations, ceiling, options.profile)
+                found = measure(candidates, options.implementations, ceiling, options.profile)
             except Exception as error:  # one case that fails must not cost the others
-                found = [
-                    {
-                        "operation": operation,
-                        "case": case.name,
-                        "implementation": "?",
-                        "error": repr(error)[:300],
-                    }
-                ]
+                row = {"operation": operation, "case": candidates[0].case.name}
+                found = [row | {"implementation": "?", "error": repr(error)[:300]}]
             rows += found
             print("\n".join(map(show, found)), flush=True)
             if options.out:  # after every case: a run that is cut short leaves what it has
