@@ -62,8 +62,8 @@ class Way:
         """Return the product of `linear`."""
         if self.config is not None:
             return mosaic_gpu.linear(x, weight, None, gated, inputs_first, config=self.config)
-        keywords = {"gated": gated, "inputs_first": inputs_first}
-        return linear(x, weight, **keywords, implementation=self.implementation)
+        choice = self.implementation
+        return linear(x, weight, gated=gated, inputs_first=inputs_first, implementation=choice)
 
     def after_norm(
         self, x: Array, delta: Array, norm: Array, weight: Array, gated: bool
