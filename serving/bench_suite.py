@@ -7,13 +7,14 @@ taken, and writes one JSON file. What is there already is not measured again.
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -186,12 +187,16 @@ def suite(
     if not parts:
         raise ValueError(f"--only {', '.join(only or ())}: there is no such part")
     out.mkdir(parents=True, exist_ok=True)
+    # A part must not go on, and take the GPU from the next, when the suite is ended by `kill`.
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     stderr.print(f"{machine.count} {machine.kind}: {len(parts)} parts into {out}")
     try:
         failed = run(parts, out)
     except KeyboardInterrupt:
         stderr.print("interrupted: the same command goes on with the part that was broken off")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
     report = bench_report.write(out, earlier or ())
     table = Table("part", "seconds")
     for part in parts:
@@ -244,9 +249,19 @@ def _run(part: Part, file: Path, environment: dict[str, str]) -> str | None:
     result = json.loads(unfinished.read_text())
     result |= {"command": part.command_anywhere(), "host": host()}
     result |= {"seconds": time.perf_counter() - start}
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(_lines(result))
     unfinished.unlink()
     return None
+
+
+def _lines(result: dict[str, Any]) -> str:
+    """Return JSON with a line for each figure, and for each row of a table."""
+    entries = []
+    for key, value in result.items():
+        is_table = isinstance(value, list) and all(isinstance(row, dict) for row in value)
+        rows = ",\n  ".join(map(json.dumps, value)) if is_table else ""
+        entries.append(f"{json.dumps(key)}: " + (f"[\n  {rows}\n ]" if rows else json.dumps(value)))
+    return "{\n " + ",\n ".join(entries) + "\n}\n"
 
 
 def _seconds(file: Path) -> str:

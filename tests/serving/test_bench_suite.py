@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, os, sys, time
 print("hello")
+open("pid", "w").write(str(os.getpid()))
 if "--fail" in sys.argv: sys.exit(3)
 if "--sleep" in sys.argv: time.sleep(60)
 calls = open("calls", "a"); calls.write("x")
@@ -79,6 +83,33 @@ def test_a_part_that_fails_leaves_no_figures(
     assert why in output
     assert (tmp_path / "out" / "bad.log").read_text() == "hello\n"
     assert sorted(p.name for p in (tmp_path / "out").glob("*.json")) == ["good.json"]
+
+
+def test_kill_ends_the_part(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [Part("long", "offline", ["--sleep"]), Part("next", "offline", [])]
+    monkeypatch.setattr(bench_suite, "parts_for", lambda machine, data: parts)
+    own = signal.signal(signal.SIGTERM, lambda *_: None)  # or the signal would end the tests
+    pid = checkout / "pid"
+
+    def kill() -> None:
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        code, output = invoke("suite", "--out", tmp_path / "out")
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, own)
+    assert code == 130
+    assert "goes on with the part" in output
+    assert not list((tmp_path / "out").glob("*.json"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
