@@ -56,12 +56,14 @@ def test_the_folder_is_no_package_of_its_own(folder):
 def test_every_module_imports_alone():
     """In a fresh interpreter each: a fork of one that has loaded other people's packages only."""
     code = """
-import os, sys, warnings
-import flax.nnx, gguf, huggingface_hub, jax.experimental.pallas, jaxtyping, jinja2.sandbox
-import rich.progress, safetensors.numpy, tokenizers, typer
+import gc, os, sys, warnings
+import fastapi, flax.nnx, gguf, huggingface_hub, jax.experimental.pallas, jaxtyping, jinja2.sandbox
+import numba, orbax.checkpoint, prometheus_client, rich.progress, safetensors.numpy, tokenizers
+import typer
 from jax.experimental.pallas import mosaic_gpu
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 warnings.simplefilter("ignore")  # jax does not like a fork; no child computes anything
+gc.disable()  # it would copy the parent's memory into each child
 for name in sys.argv[1:]:
     child = os.fork()
     if not child:
