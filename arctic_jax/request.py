@@ -458,8 +458,9 @@ class Request:
         if not self.num_pending:
             return False
         host_decides = self.params.bad_words or self.params.min_tokens or self.is_structured
-        unknown = self.verifies and not self.runs_ahead
-        return bool(host_decides or self.draft) or unknown or self.all_drawn
+        if host_decides or self.draft or self.all_drawn:
+            return True
+        return self.verifies and not self.runs_ahead
 
     @property
     def waits_for_masks(self) -> bool:
@@ -484,8 +485,9 @@ class Request:
     @property
     def is_streaming(self) -> bool:
         """Whether its answer grows, and its user looks on."""
-        generates = self.num_tokens == self.num_computed_tokens + 1 and not self.all_drawn
-        return generates and self.params.output_kind is not RequestOutputKind.FINAL_ONLY
+        if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
+            return False
+        return self.num_tokens == self.num_computed_tokens + 1 and not self.all_drawn
 
     @property
     def wants_prompt_rows(self) -> bool:

@@ -37,7 +37,7 @@ class GrammarMasks:
         found = [
             (part, part.request.matcher)
             for part in scheduled.requests
-            if part.num_draws and isinstance(part.request.matcher, Matcher)
+            if isinstance(part.request.matcher, Matcher) and part.num_draws
         ]
         if not found:
             return

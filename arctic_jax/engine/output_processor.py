@@ -51,9 +51,10 @@ class RequestGroup:
     @property
     def reports(self) -> bool:
         """Whether its user gets the state after this step."""
+        if self.kind is RequestOutputKind.FINAL_ONLY:
+            return self.finished
         # The prompt's log-probabilities come with the first output, so all of them must be there.
-        is_ready = not self.members[0].wants_prompt_rows
-        return (is_ready and self.kind is not RequestOutputKind.FINAL_ONLY) or self.finished
+        return not self.members[0].wants_prompt_rows or self.finished
 
 
 class OutputProcessor:
