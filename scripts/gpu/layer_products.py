@@ -43,7 +43,8 @@ class Way:
     """How one product is done.
 
     Attributes:
-        implementation: of `norm_linear` or `linear`, as their argument of that name.
+        implementation: of `norm_linear` or `linear`, as their argument of that name; or "sum",
+            XLA's sum of products in place of its matrix product, for one token.
         apart: the norm before the product is a kernel of its own.
         config: sizes of the kernel of `linear`.
     """
@@ -62,6 +63,8 @@ class Way:
         """Return the product of `linear`."""
         if self.config is not None:
             return mosaic_gpu.linear(x, weight, None, gated, inputs_first, config=self.config)
+        if self.implementation == "sum":
+            return sum_of_products(x, weight, gated, inputs_first)
         choice = self.implementation
         return linear(x, weight, gated=gated, inputs_first=inputs_first, implementation=choice)
 
@@ -76,11 +79,27 @@ class Way:
         return x, self.product(normed, weight, gated=gated)
 
 
+def sum_of_products(x: Array, weight: Array, gated: bool, inputs_first: bool) -> Array:
+    """Return the product of one token with a weight, as XLA does it without cuBLAS."""
+
+    wide = x[0].astype(jnp.float32)
+
+    def product(rows: Array) -> Array:
+        return jnp.sum(wide * rows.reshape(-1, len(wide)).astype(jnp.float32), axis=1)[None]
+
+    if inputs_first:
+        return jnp.sum(wide[:, None] * weight.astype(jnp.float32), axis=0)[None].astype(x.dtype)
+    if not gated:
+        return product(weight).astype(x.dtype)
+    return (jax.nn.silu(product(weight[:, 0])) * product(weight[:, 1])).astype(x.dtype)
+
+
 def ways_for(product: str, tokens: int) -> list[Way]:
     """Return the ways to do a product that are not the dispatch's own."""
+    few = [Way("sum", apart=True)] if tokens == 1 else []
     if product in ("output", "down"):
-        return [Way("mosaic_gpu"), Way("xla")]
-    found = [Way("mosaic_gpu", apart=True), Way("xla", apart=True)]
+        return [Way("mosaic_gpu"), Way("xla"), *few]
+    found = [Way("mosaic_gpu", apart=True), Way("xla", apart=True), *few]
     if product == "gate_up" and tokens <= 16:
         found += [Way("mosaic_gpu", True, Config(128, 128, 3))]
         found += [Way("mosaic_gpu", True, Config(64, 64, 6))]
