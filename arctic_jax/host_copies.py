@@ -4,16 +4,43 @@ A program can write a result into the host's pinned memory itself; then only wai
 results are transferred after it.
 """
 
+import atexit
+import contextlib
 import ctypes
+import threading
+import time
 
 import numpy as np
 from jax import Array
+
+_MOST = 64
+_unfinished: dict[int, Array] = {}
+"""The latest arrays on their way, the first one first: of some, nobody asks for the end."""
+_lock = threading.Lock()
 
 
 def start(array: Array) -> None:
     """Start to transfer an array that `finish` will be called for."""
     if not _is_pinned(array):
+        with _lock:
+            _unfinished[id(array)] = array
+            if len(_unfinished) > _MOST:
+                del _unfinished[next(iter(_unfinished))]
         array.copy_to_host_async()
+
+
+@atexit.register
+def _finish_all() -> None:
+    """Let a process end in the middle of a step.
+
+    A thread of jax 0.11 that ends a transfer asks for the interpreter's lock, and the process is
+    aborted if the interpreter is being taken down by then.
+    """
+    for array in list(_unfinished.values()):
+        with contextlib.suppress(Exception):  # what a broken device says of it helps nobody now
+            np.asarray(array)
+    if _unfinished:
+        time.sleep(0.05)  # without the lock: those threads are about to ask for it
 
 
 def finish(array: Array) -> np.ndarray:
@@ -25,6 +52,8 @@ def finish(array: Array) -> np.ndarray:
     reference on a buffer with zero reference count".
     """
     if not _is_pinned(array):
+        with _lock:
+            _unfinished.pop(id(array), None)
         return np.asarray(array)
     mine = array.addressable_data(0).block_until_ready()
     data = (ctypes.c_char * mine.nbytes).from_address(mine.unsafe_buffer_pointer())

@@ -1,5 +1,8 @@
 """Results come to the host whole, from device memory and from pinned memory."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,3 +28,19 @@ def test_what_arrives_outlives_the_array(kind: str, num_devices: int) -> None:
         del array
     for n, values in enumerate(arrived):
         np.testing.assert_array_equal(values, np.arange(600_000).reshape(2, -1) + n)
+
+
+def test_a_process_may_end_in_the_middle_of_a_transfer() -> None:
+    code = """
+import jax, jax.numpy as jnp
+from arctic_jax import host_copies
+def work(x):
+    for _ in range(20):
+        x = jnp.tanh(x @ x)
+    return x
+work, x = jax.jit(work), jnp.ones((800, 800))
+jax.block_until_ready(work(x))
+host_copies.start(work(x))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
