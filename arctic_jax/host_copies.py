@@ -36,10 +36,11 @@ def _finish_all() -> None:
     A thread of jax 0.11 that ends a transfer asks for the interpreter's lock, and the process is
     aborted if the interpreter is being taken down by then.
     """
-    for array in list(_unfinished.values()):
+    arrays = list(_unfinished.values())
+    for array in arrays:
         with contextlib.suppress(Exception):  # what a broken device says of it helps nobody now
-            np.asarray(array)
-    if _unfinished:
+            finish(array)
+    if arrays:
         time.sleep(0.05)  # without the lock: those threads are about to ask for it
 
 

@@ -97,8 +97,6 @@ class ScheduledRequest:
 
         Ascending, and each to where it is or before it.
         """
-        if not self.accepted:
-            return []
         first = self.end - self.num_drafted
         return [(first + a, first + i) for i, a in enumerate(self.accepted) if a != i]
 

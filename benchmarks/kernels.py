@@ -159,6 +159,7 @@ class Candidate:
         if self.unsupported is not None:
             return
         call = functools.partial(getattr(op, operation), **keywords, implementation=implementation)
+        call = jax.jit(call)  # traced once, for one call and for the chain
         moved, flops = self.cases.cost(case)
         floor = max(moved / ceiling["bytes_per_s"], flops / ceiling["flop_per_s"])
         self.count = int(np.clip(CHAIN_S / floor, 1, MOST_CHAINED))
@@ -171,7 +172,7 @@ class Candidate:
         if isinstance(jax.eval_shape(call, *shapes), tuple):
             self.copies = 1  # an operation that updates its arguments in place: one set goes round
         calls = chain(call, self.cases.following, self.count).lower([shapes] * self.copies)
-        return jax.jit(call).lower(*shapes).compile(), calls.compile()
+        return call.lower(*shapes).compile(), calls.compile()
 
     def output(self) -> tuple[np.ndarray, ...]:
         """Return what one call gives, checked for what is wrong anyway."""

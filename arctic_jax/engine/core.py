@@ -220,7 +220,7 @@ class EngineCore:
         )
         self.proposer.propose(step.scheduled, output)
         for part in live:
-            if part.request.is_structured and part.samples and not part.request.status.finished:
+            if part.samples and not part.request.status.finished:
                 self._masks.begin(part.request)
         return [self._output(group) for group in changed if group.reports]
 

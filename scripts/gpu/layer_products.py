@@ -13,12 +13,14 @@ noise.
 import argparse
 import concurrent.futures
 import dataclasses
+import datetime
 import functools
 import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -26,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from arctic_jax.models.layers import sum_of_products
 from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
 from arctic_jax.pallas_kernels.linear import cases, linear, mosaic_gpu
 from arctic_jax.pallas_kernels.linear.mosaic_gpu import Config
@@ -64,7 +67,7 @@ class Way:
         if self.config is not None:
             return mosaic_gpu.linear(x, weight, None, gated, inputs_first, config=self.config)
         if self.implementation == "sum":
-            return sum_of_products(x, weight, gated, inputs_first)
+            return one_token(x, weight, gated, inputs_first)
         choice = self.implementation
         return linear(x, weight, gated=gated, inputs_first=inputs_first, implementation=choice)
 
@@ -79,27 +82,25 @@ class Way:
         return x, self.product(normed, weight, gated=gated)
 
 
-def sum_of_products(x: Array, weight: Array, gated: bool, inputs_first: bool) -> Array:
+def one_token(x: Array, weight: Array, gated: bool, inputs_first: bool) -> Array:
     """Return the product of one token with a weight, as XLA does it without cuBLAS."""
 
-    wide = x[0].astype(jnp.float32)
-
-    def product(rows: Array) -> Array:
-        return jnp.sum(wide * rows.reshape(-1, len(wide)).astype(jnp.float32), axis=1)[None]
+    def rows(weight: Array) -> Array:
+        return sum_of_products(x, weight.reshape(-1, x.shape[1]))
 
     if inputs_first:
-        return jnp.sum(wide[:, None] * weight.astype(jnp.float32), axis=0)[None].astype(x.dtype)
-    if not gated:
-        return product(weight).astype(x.dtype)
-    return (jax.nn.silu(product(weight[:, 0])) * product(weight[:, 1])).astype(x.dtype)
+        out = jnp.sum(x.T.astype(jnp.float32) * weight.astype(jnp.float32), axis=0)[None]
+    elif gated:
+        out = jax.nn.silu(rows(weight[:, 0])) * rows(weight[:, 1])
+    else:
+        out = rows(weight)
+    return out.astype(x.dtype)
 
 
 def ways_for(product: str, tokens: int) -> list[Way]:
     """Return the ways to do a product that are not the dispatch's own."""
-    few = [Way("sum", apart=True)] if tokens == 1 else []
-    if product in ("output", "down"):
-        return [Way("mosaic_gpu"), Way("xla"), *few]
-    found = [Way("mosaic_gpu", apart=True), Way("xla", apart=True), *few]
+    names = ["mosaic_gpu", "xla", *(["sum"] if tokens == 1 else [])]
+    found = [Way(name, apart=product in ("qkv", "gate_up")) for name in names]
     if product == "gate_up" and tokens <= 16:
         found += [Way("mosaic_gpu", True, Config(128, 128, 3))]
         found += [Way("mosaic_gpu", True, Config(64, 64, 6))]
@@ -116,6 +117,12 @@ def layers(ways: dict[str, Way], weights: list[dict[str, Array]], x: Array, delt
         x, activated = ways["gate_up"].after_norm(x, delta, own["norm"], own["gate_up"], True)
         delta = ways["down"].product(activated, own["down"], inputs_first=True)
     return x, delta
+
+
+def layers_with(product: str | None, way: Way) -> Any:
+    """Return the program with one product done that way, all others as the dispatch has them."""
+    ways = {name: way if name == product else Way() for name in PRODUCTS}
+    return jax.jit(functools.partial(layers, ways))
 
 
 def arguments(model: str, tokens: int) -> tuple[list[dict[str, Array]], Array, Array]:
@@ -147,9 +154,7 @@ def measure(model: str, tokens: int, options: argparse.Namespace) -> dict:
     shapes = jax.eval_shape(make)
 
     def build(variant: tuple[str | None, Way]) -> Callable:
-        product, way = variant
-        ways = {name: way if name == product else Way() for name in PRODUCTS}
-        return jax.jit(functools.partial(layers, ways)).lower(*shapes).compile()
+        return layers_with(*variant).lower(*shapes).compile()
 
     with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
         programs = list(pool.map(build, variants))
@@ -189,9 +194,7 @@ def lower(model: str, tokens: int) -> None:
     shapes = jax.eval_shape(functools.partial(arguments, model, tokens))
     for product in PRODUCTS:
         for way in ways_for(product, tokens):
-            ways = {name: way if name == product else Way() for name in PRODUCTS}
-            program = jax.jit(functools.partial(layers, ways))
-            program.trace(*shapes).lower(lowering_platforms=("cuda",))
+            layers_with(product, way).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
 def main() -> None:
@@ -212,6 +215,7 @@ def main() -> None:
         print(show(results[-1]), flush=True)
         if options.out:
             document = {
+                "date": datetime.date.today().isoformat(),
                 "device": jax.devices()[0].device_kind,
                 "versions": {"jax": jax.__version__},
                 "command": "python scripts/gpu/layer_products.py " + " ".join(sys.argv[1:]),

@@ -2,14 +2,17 @@
 
 Four tiers: the XLA implementation on any back end, the body of the Mosaic kernel in the GPU
 interpreter, the Mosaic kernel lowered for CUDA without a GPU, and (marked `gpu`) the kernel itself.
+And `benchmarks/kernels.py` measures each, by calls that depend on each other.
 A folder that appears under `pallas_kernels/` is found here; there is nothing to register.
 """
 
 import functools
 import importlib
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -112,3 +115,30 @@ def test_every_operation_has_cases():
     # What needs several devices is tested by itself, in test_all_reduce.py.
     operations = {path.parent.name for path in ROOT.glob("*/op.py")}
     assert operations == {*OPERATIONS, "all_reduce"}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT.parent)
+    return importlib.import_module("benchmarks.kernels")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_benchmark_measures_it(operation, benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "MOST_CHAINED", 3)
+    monkeypatch.setattr(benchmark, "LONG_S", 0)  # no slope of many launches
+    ceiling = {"bytes_per_s": 4e12, "flop_per_s": 7e14}
+    case = modules(operation)[2].CASES[0]
+    with ThreadPoolExecutor(1) as pool:
+        candidate = benchmark.Candidate(operation, case, "xla", ceiling, pool)
+    (row,) = benchmark.measure([candidate], ["xla"], ceiling, profile=False)
+    assert (row["operation"], row["case"], row["difference"]) == (operation, case.name, 0)
+    assert 0 < row["us"] < 1e6
+    assert benchmark.show(row).startswith(operation)
+
+
+@pytest.mark.parametrize(("count", "ends"), [(1, [1, 0]), (2, [0, 2]), (5, [5, 3])])
+def test_calls_of_a_chain_depend_on_each_other(count, ends, benchmark):
+    """They go round the sets of arguments."""
+    program = benchmark.chain(lambda x: x + 1, lambda arguments, output: (output,), count)
+    assert [int(x) for (x,) in program([(jnp.int32(0),), (jnp.int32(0),)])] == ends
