@@ -159,6 +159,7 @@ CASES = (
     Case("decode_llama_8b_b1_32k", *LLAMA_8B, [(1, 32768)], tags="bench", max_model_len=131072),
     Case("decode_llama_8b_b16_1k", *LLAMA_8B, [(1, 1024)] * 16, tags="bench", max_model_len=131072),
     Case("decode_llama_8b_b16_8k", *LLAMA_8B, [(1, 8192)] * 16, tags="bench"),
+    Case("decode_llama_8b_b64_1k", *LLAMA_8B, [(1, 1024)] * 64, tags="bench", max_model_len=8448),
     Case("decode_llama_8b_b256_1k", *LLAMA_8B, [(1, 1024)] * 256, tags="bench"),
     Case("decode_llama_8b_ragged", *LLAMA_8B, _ragged(64, 100, 6000), tags="bench"),
     Case("decode_llama_8b_block16", *LLAMA_8B, [(1, 2048)] * 64, tags="bench", block_size=16),

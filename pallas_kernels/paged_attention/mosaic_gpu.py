@@ -60,14 +60,29 @@ def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size:
     """Return the sizes for a batch of `S` sequences, from static shapes alone.
 
     What measured best on an H200: few stages, so that two thread blocks fit on a multiprocessor and
-    hide each other's latencies. A context is split until every multiprocessor has a thread block;
-    and, for lengths that differ, where the block tables have room for long ones (each split costs a
-    thread block even where it finds nothing to do).
+    hide each other's latencies. There are splits until every multiprocessor has a thread block;
+    and, for lengths that differ, where the block tables have room for long ones (each costs a
+    thread block even where `splits_of` leaves it nothing to do).
     """
     items, keys = S * KV, blocks_per_sequence * block_size
     by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items, 4)
     splits = min(max(round(SMS / items), by_length), keys // 128, MAX_SPLITS)
     return Config(64, 2, max(splits, 1))
+
+
+def splits_of(seq_lens: Array, KV: int, sliding_window: int | None, config: Config) -> Array:
+    """Return `[S]`, into how many splits each context goes: all splits are about equally long.
+
+    They are as long as the mean context, so that equal ones stay whole, and of different ones none
+    is read when all others have been; or shorter, until every multiprocessor has a split to read.
+    """
+    if config.splits == 1:
+        return jnp.ones_like(seq_lens)
+    seen = seq_lens if sliding_window is None else jnp.minimum(seq_lens, sliding_window)
+    contexts = jnp.maximum((seq_lens > 0).sum(), 1)
+    length = seen.sum() / contexts * jnp.minimum(contexts * KV / SMS, 1)
+    splits = jnp.round(seen / jnp.maximum(length, config.tile))
+    return jnp.clip(splits, 1, config.splits).astype(jnp.int32)
 
 
 def unsupported(q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct) -> str | None:
@@ -138,12 +153,14 @@ def decode(
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
         rows = rows.reshape(S, KV * stride, D)
     masks = [] if draft_mask is None else [_row_masks(draft_mask, query_start_loc, Q, G)]
+    contexts = jnp.stack([seq_lens, splits_of(seq_lens, KV, sliding_window, config)])
 
-    out_type = jax.ShapeDtypeStruct((T, H, D), q.dtype)
-    partial_type = [
-        jax.ShapeDtypeStruct((S, KV, splits, Q * G, D), jnp.float32),
-        jax.ShapeDtypeStruct((S, KV, splits, ROWS), jnp.float32),
-    ]
+    out_type = [jax.ShapeDtypeStruct((T, H, D), q.dtype)]
+    if splits > 1:
+        out_type += [
+            jax.ShapeDtypeStruct((S, KV, splits, Q * G, D), jnp.float32),
+            jax.ShapeDtypeStruct((S, KV, splits, ROWS), jnp.float32),
+        ]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     copies = config.tile // block_size
     scratch = {
@@ -153,8 +170,9 @@ def decode(
                 plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=swizzled),
                 plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=swizzled),
             ],
-            # The result leaves through the memory of the tiles, when they have been read.
-            plgpu.SMEM((ROWS, D), q.dtype if splits == 1 else jnp.float32),
+            # A result leaves through the memory of the tiles, when they have been read.
+            plgpu.SMEM((ROWS, D), q.dtype),
+            plgpu.SMEM((ROWS, D), jnp.float32),
         ),
         "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
         # The interpreter knows no wgmma with an operand in registers.
@@ -184,16 +202,16 @@ def decode(
         *all_blocks(k_cache, v_cache, layer),
         block_tables,
         query_start_loc,
-        seq_lens,
+        contexts,
         *masks,
     )
     grid = {"split": splits, "head": KV, "sequence": S}
+    out, *partial = launch("decode", body, arguments, grid, into, out_type, scratch)
     if splits == 1:
-        return launch("decode", body, arguments, grid, into, [out_type], scratch)[0]
-    partial = launch("decode", body, arguments, grid, None, partial_type, scratch)
+        return out
     body = functools.partial(_merge_body, group=G, row_stride=stride, is_scattered=into is not None)
     grid = {"row": Q * G, "head": KV, "sequence": S}
-    return launch("merge", body, (*partial, query_start_loc, seq_lens), grid, into, [out_type])[0]
+    return launch("merge", body, (*partial, query_start_loc, contexts), grid, out, out_type[:1])[0]
 
 
 def _launch(
@@ -207,7 +225,7 @@ def _launch(
     *,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> Sequence[Array]:
-    """Run a kernel; return its results, or its one result `into`, which it has changed."""
+    """Run a kernel; return its results, the first of which is `into`, changed, if that is given."""
     in_place = [] if into is None else [jax.new_ref(into)]
 
     def scoped(*refs):
@@ -215,13 +233,13 @@ def _launch(
 
     results: Any = pl.kernel(
         scoped,
-        out_type=[] if in_place else out_type,
+        out_type=out_type[len(in_place) :],
         mesh=plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid)),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or False,
         name=f"paged_attention_{name}",
     )(*arguments, *in_place)
-    return [jax.freeze(ref) for ref in in_place] or results
+    return [*map(jax.freeze, in_place), *results]
 
 
 def _row_layout(D: int):
@@ -264,17 +282,20 @@ def visible_keys(distance, mask, hidden, window):
 
 
 def _decode_body(*references, is_masked: bool, tiles_smem, **options):
-    """Attend, but for an empty slot: that takes a thread block 7 us, and returning less than 1."""
+    """Attend, if there is something: else that takes a thread block 7 us, returning less than 1."""
     inputs, masks_gmem, results = references[:7], None, references[7:]
     if is_masked:
         masks_gmem, *results = results
-    (k_smem, v_smem), out_smem = tiles_smem
-    shared = {"k_smem": k_smem, "v_smem": v_smem, "out_smem": out_smem}
+    (k_smem, v_smem), out_smem, partial_smem = tiles_smem
+    shared = {"k_smem": k_smem, "v_smem": v_smem}
+    shared |= {"out_smem": out_smem, "partial_smem": partial_smem}
     block = _ThreadBlock(*inputs, masks_gmem, *results, **shared, **options)
-    length = block.lens_gmem[lax.axis_index("sequence")]
-    pl.when(length > 0)(block.attend)
-    if block.queries == 1 and block.config.splits == 1 and not block.is_scattered:
-        pl.when(length == 0)(block.clear)  # the slot has a row all the same, to be finite
+    sequence, split = lax.axis_index("sequence"), lax.axis_index("split")
+    length, splits = block.contexts_gmem[0, sequence], block.contexts_gmem[1, sequence]
+    pl.when((length > 0) & (split < splits))(functools.partial(block.attend, length, splits))
+    if block.queries == 1 and not block.is_scattered:
+        # The slot has a row all the same, to be finite.
+        pl.when((length == 0) & (split == 0))(block.clear)
 
 
 class _Queries(NamedTuple):
@@ -319,9 +340,10 @@ class _ThreadBlock:
         first_gmem: `[1]`, the layer's first block.
         tables_gmem: `[S, B]`.
         starts_gmem: `[S + 1]`.
-        lens_gmem: `[S]`.
+        contexts_gmem: `[2, S]`, lengths, and how many splits those have.
         masks_gmem: `[2, S, ROWS]` of `_row_masks`, or `None`.
-        out_gmem: `[T, H, D]`, or `[S, KV, splits, Q * G, D]` if there are several splits.
+        out_gmem: `[T, H, D]`, for contexts of one split.
+        partial_gmem: `[S, KV, splits, Q * G, D]`, of those that have several.
         lse_gmem: beside that `[S, KV, splits, ROWS]`, logarithms of the sums of exponentials.
         is_scattered, is_gathered: whether the results' rows are where the queries' are in the flat
             array, and whether those were brought together before.
@@ -334,9 +356,10 @@ class _ThreadBlock:
     first_gmem: Any
     tables_gmem: Any
     starts_gmem: Any
-    lens_gmem: Any
+    contexts_gmem: Any
     masks_gmem: Any
     out_gmem: Any
+    partial_gmem: Any = None
     lse_gmem: Any = None
     _: dataclasses.KW_ONLY
     is_scattered: bool
@@ -352,6 +375,7 @@ class _ThreadBlock:
     k_smem: Any
     v_smem: Any
     out_smem: Any
+    partial_smem: Any
     lse_smem: Any
     p_smem: Any
     q_barrier: Any
@@ -364,10 +388,10 @@ class _ThreadBlock:
             head = lax.axis_index("head") * self.group + i
             _clear_row(self.out_gmem, lax.axis_index("sequence"), head)
 
-    def attend(self) -> None:
-        """Compute the result of this split."""
+    def attend(self, length: Array, splits: Array) -> None:
+        """Compute the result of this split, one of `splits` of a context of that length."""
         queries = self._fetch_queries()
-        keys = self._keys(queries)
+        keys = self._keys(queries, length, splits)
         for i in range(self.config.stages):
 
             @pl.when(i < keys.steps)
@@ -388,7 +412,7 @@ class _ThreadBlock:
 
         step = functools.partial(self._step, queries, keys, masks)
         carry = lax.fori_loop(0, keys.steps, step, (acc, row_max, row_sum))
-        self._store(queries, *carry)
+        self._store(queries, splits, *carry)
 
     def _fetch_queries(self) -> _Queries:
         """Ask for this head group's rows, from the multiple of 8 below the first one."""
@@ -405,12 +429,10 @@ class _ThreadBlock:
         )
         return _Queries(start, count, offset)
 
-    def _keys(self, queries: _Queries) -> _Keys:
+    def _keys(self, queries: _Queries, length: Array, splits: Array) -> _Keys:
         """Return which keys are this split's: as many tiles as another's, but at the end."""
-        tile, splits = self.config.tile, self.config.splits
-        block_size = self.k_gmem.shape[2]
+        tile, block_size = self.config.tile, self.k_gmem.shape[2]
         first_block = self.first_gmem[0]
-        length = self.lens_gmem[lax.axis_index("sequence")]
         last_tile = lax.div(length + (tile - 1), tile)
         first_tile = 0
         if self.sliding_window is not None:
@@ -515,32 +537,41 @@ class _ThreadBlock:
 
         return pl.run_scoped(pv, plgpu.ACC((ROWS, self.q_gmem.shape[2]), jnp.float32))
 
-    def _store(self, queries: _Queries, acc: Array, row_max: Array, row_sum: Array) -> None:
+    def _store(
+        self, queries: _Queries, splits: Array, acc: Array, row_max: Array, row_sum: Array
+    ) -> None:
         """Write the rows of the queries; of one split among several, with what a merge wants."""
-        sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
         row_sum = jnp.maximum(row_sum, 1e-30)
         acc = acc * lax.broadcast_in_dim(1 / row_sum, acc.shape, [0])
-        self.out_smem[...] = acc.astype(self.out_smem.dtype)
-        if self.lse_gmem is None:
-            plgpu.commit_smem()
-            heads = pl.ds(head * self.group, self.group)
-            for i in range(self.queries):
-
-                @pl.when(i < queries.num)
-                def _(i=i):
-                    rows = pl.ds(queries.offset + i * self.group, self.group)
-                    plgpu.copy_smem_to_gmem(
-                        self.out_smem.at[rows], self.out_gmem.at[queries.start + i, heads]
-                    )
-
+        if self.config.splits == 1:
+            self._store_rows(queries, acc)
         else:
-            split = lax.axis_index("split")
-            self.lse_smem[...] = row_max + jnp.log2(row_sum)
-            plgpu.commit_smem()
-            rows = pl.ds(queries.offset, self.queries * self.group)
-            plgpu.copy_smem_to_gmem(self.out_smem.at[rows], self.out_gmem.at[sequence, head, split])
-            plgpu.copy_smem_to_gmem(self.lse_smem, self.lse_gmem.at[sequence, head, split])
+            lse = row_max + jnp.log2(row_sum)
+            pl.when(splits == 1)(functools.partial(self._store_rows, queries, acc))
+            pl.when(splits > 1)(functools.partial(self._store_partial, queries, acc, lse))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _store_rows(self, queries: _Queries, acc: Array) -> None:
+        self.out_smem[...] = acc.astype(self.out_smem.dtype)
+        plgpu.commit_smem()
+        heads = pl.ds(lax.axis_index("head") * self.group, self.group)
+        for i in range(self.queries):
+
+            @pl.when(i < queries.num)
+            def _(i=i):
+                rows = pl.ds(queries.offset + i * self.group, self.group)
+                plgpu.copy_smem_to_gmem(
+                    self.out_smem.at[rows], self.out_gmem.at[queries.start + i, heads]
+                )
+
+    def _store_partial(self, queries: _Queries, acc: Array, lse: Array) -> None:
+        self.partial_smem[...] = acc
+        self.lse_smem[...] = lse
+        plgpu.commit_smem()
+        of_split = tuple(lax.axis_index(name) for name in ("sequence", "head", "split"))
+        rows = pl.ds(queries.offset, self.queries * self.group)
+        plgpu.copy_smem_to_gmem(self.partial_smem.at[rows], self.partial_gmem.at[of_split])
+        plgpu.copy_smem_to_gmem(self.lse_smem, self.lse_gmem.at[of_split])
 
 
 def _queries(sequence, starts_gmem, queries, is_scattered):
@@ -555,39 +586,36 @@ def _merge_body(
     splits_gmem,  # [S, KV, splits, Q * G, D], each normalized by itself
     lse_gmem,  # [S, KV, splits, ROWS]
     starts_gmem,  # [S + 1]
-    lens_gmem,  # [S]
+    contexts_gmem,  # [2, S], lengths, and how many splits those have
     out_gmem,  # [T, H, D]
     *,
     group: int,
     row_stride: int,
     is_scattered: bool,
 ):
-    splits, D = splits_gmem.shape[2], splits_gmem.shape[4]
+    D = splits_gmem.shape[4]
     row, head = lax.axis_index("row"), lax.axis_index("head")
     sequence = lax.axis_index("sequence")
+    length, splits = contexts_gmem[0, sequence], contexts_gmem[1, sequence]
     queries = splits_gmem.shape[3] // group
     start, query_len = _queries(sequence, starts_gmem, queries, is_scattered)
     query, head_in_group = lax.div(row, group), lax.rem(row, group)
 
-    @pl.when((query < query_len) & (lens_gmem[sequence] > 0))
+    @pl.when((query < query_len) & (length > 0) & (splits > 1))
     def _():
-        # The weight of a split is its share of the sum of exponentials.
+        # The weight of a split is its share of the sum of exponentials. All are loaded at once; for
+        # those that this context does not have, its last one comes again, and weighs nothing.
         offset = lax.rem(head * row_stride, 8)
-        lse = [lse_gmem[sequence, head, split, offset + row] for split in range(splits)]
+        last = [jnp.minimum(split, splits - 1) for split in range(splits_gmem.shape[2])]
+        lse = [lse_gmem[sequence, head, index, offset + row] for index in last]
+        lse = [jnp.where(split < splits, x, MASKED) for split, x in enumerate(lse)]
         largest = functools.reduce(jnp.maximum, lse)
         weights = [jnp.exp2(x - largest) for x in lse]
         total = functools.reduce(jnp.add, weights)
         load = functools.partial(plgpu.load, layout=_row_layout(D), optimized=False)
         results = [
-            load(splits_gmem.at[sequence, head, split, row]) * (weight / total)
-            for split, weight in enumerate(weights)
+            load(splits_gmem.at[sequence, head, index, row]) * (weight / total)
+            for index, weight in zip(last, weights, strict=True)
         ]
         merged = functools.reduce(jnp.add, results).astype(out_gmem.dtype)
         out_gmem[start + query, head * group + head_in_group] = merged
-
-    if is_scattered:
-        return
-
-    @pl.when((query < query_len) & (lens_gmem[sequence] == 0))
-    def _():
-        _clear_row(out_gmem, start + query, head * group + head_in_group)
