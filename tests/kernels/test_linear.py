@@ -88,12 +88,14 @@ def test_sizes_are_those_measured_fast(product, fast):
     ("tokens", "shape", "kernel"),
     [
         (64, (4096, 4096), True),
-        (33, (4096, 4096), True),
-        (64, (4096, 4032), False),  # less than 32 MiB
+        (9, (4096, 4096), True),
+        (8, (4096, 4096), False),
+        (64, (1024, 3072), True),
+        (64, (1024, 3008), False),  # less than 6 MiB
         (128, (4096, 4096), True),
         (129, (4096, 4096), False),
-        (64, (1, 2, 4096, 4096), False),  # a SwiGLU pair
-        (32, (4096, 4096), False),
+        (64, (1, 2, 4096, 4096), True),  # a SwiGLU pair
+        (65, (1, 2, 4096, 4096), False),
         (64, (4097, 4096), False),  # tiles of 64 do not divide it
     ],
 )
