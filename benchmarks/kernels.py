@@ -13,9 +13,11 @@ computes once for all layers, such a call computes anew.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import datetime
 import functools
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -37,7 +39,8 @@ ROOT = pathlib.Path(next(iter(pallas_kernels.__path__)))
 OPERATIONS = sorted(path.parent.name for path in ROOT.glob("*/cases.py"))
 L2_BYTES = 60e6
 LONG_S = 0.02  # of a program: the host's share is less than a hundredth of that
-CHAIN_S = 4e-4  # of a program, if its calls reach the floor: longer than its launch takes the host
+CHAIN_S = 4e-4  # of a program: longer than its launch takes the host
+CALL_S = 2e-4  # what a call of one operation may take the host
 MOST_CHAINED = 128  # calls in one program
 
 
@@ -136,17 +139,13 @@ class Candidate:
 
     Attributes:
         unsupported: why the implementation does not take the case, or `None`.
-        programs: a future of one call and a chain of `count` calls, whose inputs come from
+        call: a future of its compiled call.
+        chain: made by `lengthen`, a future of `count` compiled calls, whose inputs come from
             `copies` sets.
     """
 
     def __init__(
-        self,
-        operation: str,
-        case: Any,
-        implementation: str,
-        ceiling: dict[str, float],
-        pool: concurrent.futures.Executor,
+        self, operation: str, case: Any, implementation: str, pool: concurrent.futures.Executor
     ) -> None:
         package = f"{pallas_kernels.__name__}.{operation}"
         op = importlib.import_module(f"{package}.op")
@@ -159,37 +158,44 @@ class Candidate:
         if self.unsupported is not None:
             return
         call = functools.partial(getattr(op, operation), **keywords, implementation=implementation)
-        call = jax.jit(call)  # traced once, for one call and for the chain
-        moved, flops = self.cases.cost(case)
-        floor = max(moved / ceiling["bytes_per_s"], flops / ceiling["flop_per_s"])
-        self.count = int(np.clip(CHAIN_S / floor, 1, MOST_CHAINED))
-        self.copies = min(6, int(4 * L2_BYTES // max(moved, arguments[0].nbytes)) + 1)
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), arguments)
-        self.programs = pool.submit(self._compile, call, shapes)
+        self._function = jax.jit(call)  # traced once, for one call and for the chain
+        self._shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), arguments
+        )
+        self.call = pool.submit(lambda: self._function.lower(*self._shapes).compile())
 
-    def _compile(self, call, shapes: tuple) -> tuple:
-        """Return one call and the chain, compiled."""
-        if isinstance(jax.eval_shape(call, *shapes), tuple):
-            self.copies = 1  # an operation that updates its arguments in place: one set goes round
-        calls = chain(call, self.cases.following, self.count).lower([shapes] * self.copies)
-        return call.lower(*shapes).compile(), calls.compile()
+    def lengthen(self, ceiling: dict[str, float], pool: concurrent.futures.Executor) -> None:
+        """Have a chain compiled that is as long as a figure needs: long ones take minutes."""
+        moved, flops = self.cases.cost(self.case)
+        seconds = max(moved / ceiling["bytes_per_s"], flops / ceiling["flop_per_s"])
+        arguments, _ = self.cases.inputs(self.case)
+        alone, output = median_seconds(lambda _: self.call.result()(*arguments), None, repeats=3)
+        if isinstance(output, tuple):
+            # It updates its arguments in place, so one set goes round; alone it copied them first.
+            self.copies = 1
+        else:
+            self.copies = min(6, int(4 * L2_BYTES // max(moved, arguments[0].nbytes)) + 1)
+            seconds = max(seconds, alone - CALL_S)
+        # A call that has nothing to do costs nothing.
+        self.count = int(np.clip(CHAIN_S / seconds, 1, MOST_CHAINED)) if seconds else MOST_CHAINED
+        calls = chain(self._function, self.cases.following, self.count)
+        shapes = [self._shapes] * self.copies
+        self.chain = pool.submit(lambda: calls.lower(shapes).compile())
 
     def output(self) -> tuple[np.ndarray, ...]:
         """Return what one call gives, checked for what is wrong anyway."""
-        program, _ = self.programs.result()
         arguments, _ = self.cases.inputs(self.case)
-        output = jax.block_until_ready(program(*arguments))
+        output = jax.block_until_ready(self.call.result()(*arguments))
         return self.cases.comparable(self.case, output, arguments)
 
     def seconds(self) -> float:
         """Return device seconds of one call."""
-        _, chained = self.programs.result()
         sets = [self.cases.inputs(self.case, seed)[0] for seed in range(self.copies)]
-        return seconds_per_launch(chained, sets)[0] / self.count
+        return seconds_per_launch(self.chain.result(), sets)[0] / self.count
 
     def kernels_us(self) -> dict[str, float]:
         """Return what one call spends in each kernel."""
-        return kernel_microseconds(self.programs.result()[0], self.cases.inputs(self.case)[0])
+        return kernel_microseconds(self.call.result(), self.cases.inputs(self.case)[0])
 
 
 def measure(
@@ -260,11 +266,19 @@ def candidates_of(operation: str, options, ceiling: dict) -> list[list[Candidate
     cases = importlib.import_module(f"{pallas_kernels.__name__}.{operation}.cases").CASES
     names = dict.fromkeys(["xla", *options.implementations])
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [
-            [Candidate(operation, case, name, ceiling, pool) for name in names]
+        found = [
+            [Candidate(operation, case, name, pool) for name in names]
             for case in cases
             if "bench" in case.tags.split() and options.filter in f"{operation} {case.name}"
         ]
+        for candidate in itertools.chain.from_iterable(found):
+            if (
+                candidate.unsupported is None
+                and candidate.implementation in options.implementations
+            ):
+                with contextlib.suppress(Exception):  # `measure` meets it again, and reports it
+                    candidate.lengthen(ceiling, pool)
+    return found
 
 
 def main() -> None:
