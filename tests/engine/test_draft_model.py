@@ -145,7 +145,8 @@ def test_the_model_itself_drafts_rightly(tmp_path: Path) -> None:
     """With prompts that share a prefix: its keys and values come from the cache, too."""
     tensors = make_tensors()
     path = write_files(tmp_path, CONFIG, tensors)
-    engine = drafting(path, block_size=16, num_blocks=24, max_num_batched_tokens=16)
+    sizes = {"block_size": 16, "num_blocks": 24, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+    engine = drafting(path, **sizes)
     requests = [(BEGINNINGS[0] + [i], greedy(20)) for i in range(3)]
     plain = generate(engine, requests)
     proposer = build_proposer(replace(engine.config.speculative, adaptive=False))

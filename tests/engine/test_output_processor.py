@@ -17,8 +17,10 @@ BASE = SamplingParams(temperature=1, seed=3, max_tokens=30, ignore_eos=True)
 
 @pytest.fixture(scope="module", params=["plain", "drafts"])
 def engine(request: pytest.FixtureRequest) -> EngineCore:
-    config = {"method": "ngram", "num_speculative_tokens": 4}
-    return make_engine(**({"speculative_config": config} if request.param == "drafts" else {}))
+    options: dict[str, Any] = {"max_num_seqs": 1, "max_num_batched_tokens": 16}
+    if request.param == "drafts":
+        options["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 4}
+    return make_engine(**options)
 
 
 def outputs_of(

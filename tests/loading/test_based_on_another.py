@@ -50,7 +50,7 @@ def test_it_is_the_whole_model(base: Path, tmp_path: Path) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=12, logprobs=1)
     found = []
     for path in (tmp_path / "whole", slim):
-        llm = LLM(str(path), num_blocks=16, max_model_len=128, progress=False)
+        llm = LLM(str(path), num_blocks=16, max_num_seqs=4, max_model_len=128, progress=False)
         found.append(llm.generate(["one prompt"], greedy)[0].outputs[0])
     assert found[0].token_ids == found[1].token_ids
     assert found[0].logprobs == found[1].logprobs

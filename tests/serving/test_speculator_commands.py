@@ -23,6 +23,7 @@ def test_from_prompts_to_a_speculator(tmp_path: Path) -> None:
     lines = [{"question": f"{i} + 1?"} for i in range(6)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     engine = ("--num-blocks", 16, "--max-model-len", 96, "--max-num-batched-tokens", 64)
+    engine += ("--max-num-seqs", 4)
     run(
         *("speculator", "generate", prompts, "--model", base, "--out", text, *engine),
         *("--held-back", held_back, "--held-back-every", 3, "--max-tokens", 12),

@@ -22,7 +22,7 @@ def test_from_prompts_to_a_student(tmp_path: Path) -> None:
     text, held_back = tmp_path / "text.jsonl", tmp_path / "held_back.jsonl"
     lines = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    engine = ("--num-blocks", 32, "--max-model-len", 128)
+    engine = ("--num-blocks", 32, "--max-model-len", 128, "--max-num-seqs", 4)
     run(
         *("swiftkv", "generate", prompts, "--model", base, "--out", text, *engine),
         *("--held-back", held_back, "--held-back-every", 3, "--max-tokens", 12),

@@ -111,7 +111,7 @@ def test_initial_values(group: int, config: dict, tmp_path: Path) -> None:
 
 def test_a_converted_model_runs(base: Path, tmp_path: Path) -> None:
     swiftkv_checkpoint.convert(LoadConfig(model=str(base)), tmp_path / "student", 2, 2)
-    llm = LLM(str(tmp_path / "student"), progress=False, num_blocks=16)
+    llm = LLM(str(tmp_path / "student"), progress=False, num_blocks=16, max_num_seqs=4)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     (output,) = llm.generate(["hello"], params, use_tqdm=False)
     config = json.loads((tmp_path / "student" / "config.json").read_text())
@@ -454,7 +454,7 @@ def test_a_model_writes_its_own_text(
     )
     conversations = list(generate.read_prompts([prompts]))
     assert [c[0]["content"] for c in conversations] == ["one?", "two?", "four?"]
-    llm = LLM(str(base), progress=False, num_blocks=32)
+    llm = LLM(str(base), progress=False, num_blocks=32, max_num_seqs=4)
     out, held_back = tmp_path / "out.jsonl", tmp_path / "held_back.jsonl"
     params = SamplingParams(n=2, temperature=1.0, max_tokens=8, seed=0)
     lines, tokens = generate.generate(llm, conversations, params, out, held_back, every=3)
@@ -486,7 +486,7 @@ def test_a_model_writes_its_own_text(
 
 
 def test_gsm8k_counts_right_answers(base: Path, tmp_path: Path) -> None:
-    llm = LLM(str(base), progress=False, num_blocks=32)
+    llm = LLM(str(base), progress=False, num_blocks=32, max_num_seqs=4)
     params = SamplingParams(temperature=0, max_tokens=8)
     (output,) = llm.chat([{"role": "user", "content": "1?"}], params, use_tqdm=False)
     said = evaluate.last_number(output.outputs[0].text)
