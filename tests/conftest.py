@@ -1,11 +1,27 @@
 """Eight CPU devices for every test; nothing of one test leaks into another."""
 
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
+import pytest
 
 # Most of the tests' time would be LLVM's, on programs that run once. For their processes, too.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
+
+MAPS = Path("/proc/self/maps")
+MANY = 10_000  # of the 65,530 memory maps of a process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def give_memory_maps_back() -> Iterator[None]:
+    """Drop the programs of earlier tests before there are too many: see `check_memory_maps`."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
+        gc.collect()
