@@ -73,7 +73,9 @@ def pair(
     fitting = [r for r in range(1, STEP // columns + 1) if K // chunks % r == 0]
     ref = jax.new_ref(counter)
     total, out, *_ = plgpu.kernel(
-        functools.partial(_body, columns=columns, row_step=fitting[-1], rows=rows_of_step(H, F, parts)),
+        functools.partial(
+            _body, columns=columns, row_step=fitting[-1], rows=rows_of_step(H, F, parts)
+        ),
         out_type=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((1, shards * F), x.dtype),
@@ -251,14 +253,10 @@ def layers(columns: int | None, weights: list[dict[str, Array]], x: Array, count
         delta_weight = own["output" if gated else "down"]
         if columns is None:
             delta = linear(activated, delta_weight, inputs_first=True)
-            x, out = norm_linear(
-                x, delta, next_["norm"], next_[name], epsilon=EPSILON, gated=gated
-            )
+            x, out = norm_linear(x, delta, next_["norm"], next_[name], epsilon=EPSILON, gated=gated)
             return x, out, counter
-        return pair(
-            activated, delta_weight, x, next_["norm"], next_[name], counter,
-            columns=columns, gated=gated,
-        )  # fmt: skip
+        fused = functools.partial(pair, columns=columns, gated=gated)
+        return fused(activated, delta_weight, x, next_["norm"], next_[name], counter)
 
     _, qkv = norm_linear(
         x, jnp.zeros_like(x), weights[0]["norm"], weights[0]["qkv"], epsilon=EPSILON
