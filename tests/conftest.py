@@ -3,10 +3,11 @@
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import pytest
+
+from arctic_jax.engine import memory_maps
 
 # Most of the tests' time would be LLVM's, on programs that run once. For their processes, too.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
@@ -14,14 +15,13 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 
-MAPS = Path("/proc/self/maps")
 MANY = 10_000  # of the 65,530 memory maps of a process
 
 
 @pytest.fixture(autouse=True, scope="module")
 def give_memory_maps_back() -> Iterator[None]:
-    """Drop the programs of earlier tests before there are too many: see `check_memory_maps`."""
+    """Drop the programs of earlier tests before there are too many: see `memory_maps`."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+    if memory_maps.in_use() > MANY:
         jax.clear_caches()
         gc.collect()

@@ -5,7 +5,6 @@ After `compile` nothing is compiled any more; `run` only looks programs up.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
@@ -21,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.stages import Compiled
 
-from arctic_jax.engine import sampler
+from arctic_jax.engine import memory_maps, sampler
 from arctic_jax.engine.lowering import LoweringPool
 from arctic_jax.engine.program_store import ProgramStore
 from arctic_jax.engine.sampler import SamplerState
@@ -45,32 +44,6 @@ COMPILER_OPTIONS = {
     }
 }
 """By platform."""
-
-
-MAPS_IN_USE = 0.75
-"""Of the memory maps that a process may have: XLA's threads each ask for a thousand meanwhile."""
-
-
-def check_memory_maps(platform: str) -> None:
-    """Raise an error where XLA would end the process with a segmentation fault.
-
-    A program for CPUs takes four of Linux's memory maps for each of its kernels, some six hundred
-    in all for a model of 30 layers. XLA does not look whether it gets them.
-
-    Raises:
-        OSError: nearly as many are in use as a process may have; the message holds the numbers.
-    """
-    limit, maps = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
-    if platform != "cpu" or not limit.exists():
-        return
-    most, used = int(limit.read_text()), maps.read_bytes().count(b"\n")
-    if used > MAPS_IN_USE * most:
-        raise OSError(
-            errno.ENOMEM,
-            f"the programs of this process's engines use {used} memory maps, and it may have {most}"
-            " (vm.max_map_count): delete other engines, set a smaller max_num_seqs, which means "
-            "fewer programs, or have root run `sysctl -w vm.max_map_count=1000000`",
-        )
 
 
 class ProgramCache:
@@ -115,11 +88,11 @@ class ProgramCache:
 
         `num_blocks` is the same in every call: what an earlier one made is kept.
 
-        Raises:
-            OSError: this process has no room for so many programs, see `check_memory_maps`.
-
         Loading, lowering in other processes, and XLA's work run on a few threads; lowering in this
         process is serial.
+
+        Raises:
+            OSError: this process has no room for so many programs, see `memory_maps`.
         """
         steps = list(steps)
         found = {step: self._compiled[step] for step in steps if step in self._compiled}
@@ -231,13 +204,13 @@ class ProgramCache:
         return self._compile(step, lowered)
 
     def _compile(self, step: Step, lowered: jax.stages.Lowered) -> Compiled:
-        check_memory_maps(self._platform)
+        memory_maps.check(self._platform)
         program = lowered.compile(COMPILER_OPTIONS.get(self._platform))
         self._store.save(step, program)
         return program
 
     def _load(self, step: Step) -> Compiled | None:
-        check_memory_maps(self._platform)
+        memory_maps.check(self._platform)
         arguments = self._program.arguments(step, self._mesh)
         return self._store.load(step, arguments, results_of(arguments))
 
