@@ -35,7 +35,13 @@ from jaxlib.mlir import ir
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.linear import linear
 from arctic_jax.pallas_kernels.norm_linear import norm_linear
-from arctic_jax.pallas_kernels.norm_linear.mosaic_gpu import STEP, _rows_layout, rows_of_step
+from arctic_jax.pallas_kernels.norm_linear.mosaic_gpu import (
+    STEP,
+    StreamedWeight,
+    normalized,
+    rows_layout,
+    rows_of_step,
+)
 from benchmarks import kernels
 from scripts.gpu.layer_products import EPSILON, LAYERS, WEIGHTS, arguments
 
@@ -108,26 +114,14 @@ def _body(
     row_step: int,
     rows: int,
 ):
-    shards, parts, F, H = weight_gmem.shape
-    dtype, block = x_gmem.dtype, lax.axis_index("block")
+    H, dtype, block = x_gmem.shape[1], x_gmem.dtype, lax.axis_index("block")
     load = functools.partial(plgpu.load, optimized=False)
 
     _row_product(block, activated_gmem, row_weight_gmem, parts_gmem, columns, row_step, load)
 
-    by_row = _rows_layout(H)
-    by_element = by_row.reduce(0)
-    steps_of_shard = F // rows
-    last = shards * steps_of_shard - 1
-
-    def fetch(step):
-        step = jnp.minimum(step, last)
-        shard, first = lax.div(step, steps_of_shard), lax.rem(step, steps_of_shard) * rows
-        return [
-            load(weight_gmem.at[shard, part, pl.ds(first, rows)], layout=by_row)
-            for part in range(parts)
-        ]
-
-    begin = fetch(block)
+    weight = StreamedWeight(weight_gmem, rows, block, BLOCKS)
+    by_element = weight.layout.reduce(0)
+    begin = weight.fetch(block)
     x = load(x_gmem.at[0], layout=by_element).astype(jnp.float32)
     norm_weight = load(norm_weight_gmem, layout=by_element).astype(jnp.float32)
     _wait_for_all_blocks(counter_gmem)
@@ -146,31 +140,13 @@ def _body(
     def _():
         sum_gmem[0] = x
 
-    x = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.sum(x * x) / H + EPSILON)
-    normed = ((x * scale).astype(dtype).astype(jnp.float32) * norm_weight).astype(dtype)
-    normed = lax.broadcast_in_dim(normed.astype(jnp.float32), (rows, H), [1])
-    normed = plgpu.layout_cast(normed, by_row)
-
-    def multiply(i, weights):
-        step = block + i * BLOCKS
-        following = fetch(step + BLOCKS)
-        products = [jnp.sum(part.astype(jnp.float32) * normed, axis=1) for part in weights]
-        if parts == 1:
-            (out,) = products
-        else:
-            gate, up = products
-            out = gate / (1 + jnp.exp(-gate)) * up
-        out_gmem[0, pl.ds(step * rows, rows)] = out.astype(dtype)
-        return following
-
-    lax.fori_loop(0, lax.div(last - block, BLOCKS) + 1, multiply, begin)
+    weight.multiply(begin, normalized(x, norm_weight, EPSILON), out_gmem)
 
 
 def _row_product(block, activated_gmem, weight_gmem, parts_gmem, columns, row_step, load) -> None:
     """Multiply a chunk of rows by their inputs, for some columns; the next step's on their way."""
     K, H = weight_gmem.shape
-    layout = _rows_layout(columns)
+    layout = rows_layout(columns)
     by_column, by_row = layout.reduce(0), layout.reduce(1)
     chunk, place = lax.div(block, H // columns), lax.rem(block, H // columns)
     chunk_rows = K // parts_gmem.shape[0]
