@@ -5,9 +5,10 @@
 Prints device time, bandwidth or arithmetic rate, the fraction of what this GPU was measured to do
 in the same run (a device-to-device copy, an 8192³ bf16 product), and the largest difference from
 the XLA implementation. A call's time is that of the device alone (`seconds_per_launch`); the calls
-go round several sets of inputs, together larger than the L2 cache where they are not tiny. With
-`--profile`, also what each kernel takes on the GPU, those of XLA around ours included: what a step
-computes once for all layers, such a call computes anew.
+go round several sets of inputs, together larger than the L2 cache where they are not tiny. A
+call's `busy_us` is what its kernels take by a profile, those of XLA around ours included (what a
+step computes once for all layers, such a call computes anew): where the time is several times that,
+the host could not launch fast enough. With `--profile`, each kernel's time, too.
 """
 
 import argparse
@@ -40,7 +41,6 @@ OPERATIONS = sorted(path.parent.name for path in ROOT.glob("*/cases.py"))
 L2_BYTES = 60e6
 LONG_S = 0.02  # of a program: the host's share is less than a hundredth of that
 CHAIN_S = 4e-4  # of a program: longer than its launch takes the host
-CALL_S = 2e-4  # what a call of one operation may take the host
 MOST_CHAINED = 128  # calls in one program
 
 
@@ -98,7 +98,7 @@ def seconds_per_launch(program, sets: list[tuple]) -> tuple[float, list[tuple]]:
     return (many - few) / 10, sets
 
 
-def kernel_microseconds(function, arguments: tuple, calls: int = 10) -> dict[str, float]:
+def kernel_microseconds(function, arguments: tuple, calls: int = 4) -> dict[str, float]:
     """Return what one call spends in each kernel on the first GPU, by a profile."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -140,6 +140,7 @@ class Candidate:
     Attributes:
         unsupported: why the implementation does not take the case, or `None`.
         call: a future of its compiled call.
+        busy: set by `lengthen`, seconds that one call's kernels take.
         chain: made by `lengthen`, a future of `count` compiled calls, whose inputs come from
             `copies` sets.
     """
@@ -170,12 +171,14 @@ class Candidate:
         seconds = max(moved / ceiling["bytes_per_s"], flops / ceiling["flop_per_s"])
         arguments, _ = self.cases.inputs(self.case)
         alone, output = median_seconds(lambda _: self.call.result()(*arguments), None, repeats=3)
+        # By a profile where there is one: how long the host waits says little of a short call.
+        self.busy = sum(self.kernels_us().values()) / 1e6 or alone
         if isinstance(output, tuple):
             # It updates its arguments in place, so one set goes round; alone it copied them first.
             self.copies = 1
         else:
             self.copies = min(6, int(4 * L2_BYTES // max(moved, arguments[0].nbytes)) + 1)
-            seconds = max(seconds, alone - CALL_S)
+            seconds = max(seconds, self.busy)
         # A call that has nothing to do costs nothing.
         self.count = int(np.clip(CHAIN_S / seconds, 1, MOST_CHAINED)) if seconds else MOST_CHAINED
         calls = chain(self._function, self.cases.following, self.count)
@@ -224,6 +227,7 @@ def measure(
             row
             | {
                 "us": seconds * 1e6,
+                "busy_us": candidate.busy * 1e6,
                 "gb_per_s": by_bytes / 1e9,
                 "tflop_per_s": by_flops / 1e12,
                 "fraction": max(limits),
@@ -242,7 +246,8 @@ def show(row: dict) -> str:
     if "us" not in row:
         return f"{name} {row.get('unsupported') or row.get('error')}"
     rate = f"{row['gb_per_s']:7.0f} GB/s {row['tflop_per_s']:6.1f} TFLOP/s"
-    numbers = f"{row['us']:9.1f} us {rate} {row['fraction']:5.2f} of {row['bound']}"
+    times = f"{row['us']:9.1f} us (busy {row['busy_us']:.1f})"
+    numbers = f"{times} {rate} {row['fraction']:5.2f} of {row['bound']}"
     parts = "".join(f"\n    {us:9.1f} us {name}" for name, us in row.get("kernels_us", {}).items())
     return f"{name} {numbers}  difference {row['difference']:.1e}{parts}"
 
