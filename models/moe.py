@@ -68,7 +68,7 @@ class MoE(nnx.Module):
         # belong to no group and so take part in no product.
         experts = jnp.where(mine, experts, here).reshape(-1)
         order = jnp.argsort(experts)
-        sizes = jnp.bincount(experts, length=here)
+        sizes = jnp.sum(experts[:, None] == jnp.arange(here), axis=0, dtype=jnp.int32)
         rows = normed[order // self.top_k]
         product = functools.partial(
             ragged_dot, group_sizes=sizes, implementation=self.implementation

@@ -67,7 +67,7 @@ def tiles_of_groups(group_sizes: Array, M: int, rows: int) -> Array:
     item_ends = jnp.cumsum(touched)
     # A tile more for each group that begins within one.
     item = jnp.arange(-(-M // rows) + min(G, M) - 1)
-    owner = jnp.searchsorted(item_ends, item, side="right")
+    owner = jnp.searchsorted(item_ends, item, side="right", method="compare_all")  # without a loop
     group = jnp.minimum(owner, G - 1)
     tile = first[group] + item - (item_ends - touched)[group]
     low = jnp.maximum(starts[group], tile * rows)
