@@ -43,13 +43,15 @@ def layer(
 
 LLAMA_8B = (4096, 32, 8, 128, 14336)
 QWEN3_06B = (1024, 16, 8, 128, 3072)
+SMOLLM2_135M = (576, 9, 3, 64, 1536)
 LAYERS = {
     "llama_8b": layer(*LLAMA_8B),
     "llama_8b_tp2": layer(*LLAMA_8B, devices=2),
     "llama_8b_tp4": layer(*LLAMA_8B, devices=4),
     "qwen3_06b": layer(*QWEN3_06B),
+    "smollm2_135m": layer(*SMOLLM2_135M),
 }
-BENCHED_TOKENS = {"llama_8b": (2, 8, 16, 32, 64, 128, 256)}  # of the others 16 and 64
+BENCHED_TOKENS = {"llama_8b": (1, 2, 8, 16, 32, 64, 128, 256)}  # of the others 1, 16 and 64
 
 CASES = (
     Case("one_tile", 8, (64, 192), race_detection=True),
@@ -58,11 +60,16 @@ CASES = (
     Case("odd_tokens_bias", 11, (2, 64, 128), bias=True),
     Case("fp16", 40, (64, 128), dtype="float16"),
     Case("odd_sizes", 5, (1, 2, 40, 100), gated=True),
+    Case("one_token", 1, (128, 64), inputs_first=True, race_detection=True),
+    Case("one_token_split", 1, (1536, 576), inputs_first=True, race_detection=True),
+    Case("one_token_steps", 1, (1152, 64), inputs_first=True, dtype="float16"),
+    Case("one_token_odd_sizes", 1, (100, 40), inputs_first=True),
     *(
         Case(f"b{tokens}_{model}_{product}", tokens, tags="bench", **keywords)
         for model, products in LAYERS.items()
         for product, keywords in products.items()
-        for tokens in BENCHED_TOKENS.get(model, (16, 64))
+        for tokens in BENCHED_TOKENS.get(model, (1, 16, 64))
+        if tokens > 1 or keywords.get("inputs_first")  # else it is a part of `norm_linear`
     ),
 )
 

@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from arctic_jax.pallas_kernels import dispatch
-from arctic_jax.pallas_kernels.linear import mosaic_gpu, reference
+from arctic_jax.pallas_kernels.linear import mosaic_gpu, mosaic_gpu_one_token, reference
 
 
 def linear(
@@ -58,6 +58,8 @@ def linear(
         return reference.linear(*arguments)
     if reason:
         raise ValueError(f"linear: implementation='mosaic_gpu' cannot do this: {reason}")
+    if _takes_one_token(x, weight, bias, inputs_first):
+        return mosaic_gpu_one_token.linear_of_one(x, weight, interpret=dispatch.interpreter())
     return mosaic_gpu.linear(*arguments, interpret=dispatch.interpreter())
 
 
@@ -66,7 +68,8 @@ def measured_faster(x: Array, weight: Array, gated: bool) -> bool:
 
     It was in the products of Llama-3.1-8B, whole and in two and four parts, and of Qwen3-0.6B with
     16 to 128 tokens (up to 18 % less time), but not in a SwiGLU pair with 128, nor in the smallest
-    of them; with 8 tokens it was as fast. Other sizes have not been measured.
+    of them; with 8 tokens it was as fast. Nothing else has been measured: not the kernel for one
+    token, either.
     """
     nbytes = math.prod(weight.shape) * weight.dtype.itemsize
     return 8 < x.shape[0] <= (64 if gated else 128) and nbytes >= 6 * 2**20
@@ -84,4 +87,10 @@ def mosaic_gpu_unsupported(
 
     Only shapes and dtypes are looked at.
     """
+    if _takes_one_token(x, weight, bias, inputs_first):
+        return None
     return mosaic_gpu.unsupported(x, weight, bias, gated, inputs_first)
+
+
+def _takes_one_token(x: Array, weight: Array, bias: Array | None, inputs_first: bool) -> bool:
+    return inputs_first and bias is None and mosaic_gpu_one_token.takes(x, weight)
