@@ -7,7 +7,6 @@ the next step always under way. With more tokens the kernel of `add_rms_norm` go
 product of `linear`.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -86,7 +85,7 @@ def norm_linear(
     )(x, delta, norm_weight, matrices)
 
 
-def rows_layout(K: int) -> Any:
+def _rows_layout(K: int) -> Any:
     """Return how rows of K elements lie in registers: each divided among all the threads."""
     vector = next(v for v in (8, 4, 2) if K % (WARPS * LANES * v) == 0)
     tiles = (1, WARPS * LANES * vector), (LANES * vector,), (vector,)
@@ -104,12 +103,24 @@ def _body(
     rows: int,
     epsilon: float,
 ):
-    dtype, block = x_gmem.dtype, lax.axis_index("block")
-    weight = StreamedWeight(weight_gmem, rows, block, lax.axis_size("block"))
-    by_element = weight.layout.reduce(0)
+    shards, parts, F, K = weight_gmem.shape
+    dtype, block, blocks = x_gmem.dtype, lax.axis_index("block"), lax.axis_size("block")
+    steps_of_shard = F // rows
+    last = shards * steps_of_shard - 1
+    by_row = _rows_layout(K)
+    by_element = by_row.reduce(0)
     load = functools.partial(plgpu.load, optimized=False)
 
-    begin = weight.fetch(block)
+    def fetch(step):
+        """Load the rows of a step; past the end those of the last one again, for nothing."""
+        step = jnp.minimum(step, last)
+        shard, first = lax.div(step, steps_of_shard), lax.rem(step, steps_of_shard) * rows
+        return [
+            load(weight_gmem.at[shard, part, pl.ds(first, rows)], layout=by_row)
+            for part in range(parts)
+        ]
+
+    begin = fetch(block)
     x, delta = load(x_gmem.at[0], layout=by_element), load(delta_gmem.at[0], layout=by_element)
     norm_weight = load(norm_weight_gmem, layout=by_element).astype(jnp.float32)
     x = (x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(dtype)
@@ -118,73 +129,22 @@ def _body(
     def _():
         sum_gmem[0] = x
 
-    weight.multiply(begin, normalized(x, norm_weight, epsilon), out_gmem)
+    x = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.sum(x * x) / K + epsilon)
+    normed = ((x * scale).astype(dtype).astype(jnp.float32) * norm_weight).astype(dtype)
+    normed = lax.broadcast_in_dim(normed.astype(jnp.float32), (rows, K), [1])
+    normed = plgpu.layout_cast(normed, by_row)
 
+    def multiply(i, weights):
+        step = block + i * blocks
+        following = fetch(step + blocks)
+        products = [jnp.sum(part.astype(jnp.float32) * normed, axis=1) for part in weights]
+        if parts == 1:
+            (out,) = products
+        else:
+            gate, up = products
+            out = gate / (1 + jnp.exp(-gate)) * up
+        out_gmem[0, pl.ds(step * rows, rows)] = out.astype(dtype)
+        return following
 
-def normalized(x: Array, norm_weight: Array, epsilon: float) -> Array:
-    """Return the RMSNorm of `x [K]`, rounded to its dtype; `norm_weight [K]` is float32."""
-    dtype, x = x.dtype, x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.sum(x * x) / x.size + epsilon)
-    return ((x * scale).astype(dtype).astype(jnp.float32) * norm_weight).astype(dtype)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class StreamedWeight:
-    """What one thread block multiplies of a weight: the rows of every `blocks`-th step.
-
-    Attributes:
-        gmem: `[shards, 1 or 2, F, K]`.
-        rows: of a step.
-        block: the first step, and which of the thread blocks this is.
-        blocks: how many there are.
-    """
-
-    gmem: Any
-    rows: int
-    block: Array
-    blocks: int | Array
-
-    @property
-    def layout(self) -> Any:
-        """How the rows lie in registers."""
-        return rows_layout(self.gmem.shape[3])
-
-    @property
-    def last(self) -> int:
-        """The last step of all."""
-        shards, _, F, _ = self.gmem.shape
-        return shards * (F // self.rows) - 1
-
-    def fetch(self, step: Array) -> list[Array]:
-        """Load the rows of a step; past the end those of the last one again, for nothing."""
-        _, parts, F, _ = self.gmem.shape
-        step, steps_of_shard = jnp.minimum(step, self.last), F // self.rows
-        shard, first = lax.div(step, steps_of_shard), lax.rem(step, steps_of_shard) * self.rows
-        return [
-            plgpu.load(
-                self.gmem.at[shard, part, pl.ds(first, self.rows)],
-                layout=self.layout,
-                optimized=False,
-            )
-            for part in range(parts)
-        ]
-
-    def multiply(self, begin: list[Array], x: Array, out_gmem: Any) -> None:
-        """Write the products of all steps with `x [K]`; `begin` is what `fetch(block)` gave."""
-        x = lax.broadcast_in_dim(x.astype(jnp.float32), (self.rows, x.size), [1])
-        x = plgpu.layout_cast(x, self.layout)
-
-        def multiply(i, weights):
-            step = self.block + i * self.blocks
-            following = self.fetch(step + self.blocks)
-            products = [jnp.sum(part.astype(jnp.float32) * x, axis=1) for part in weights]
-            if len(products) == 1:
-                (out,) = products
-            else:
-                gate, up = products
-                out = gate / (1 + jnp.exp(-gate)) * up
-            out_gmem[0, pl.ds(step * self.rows, self.rows)] = out.astype(out_gmem.dtype)
-            return following
-
-        steps = lax.div(self.last - self.block, self.blocks) + 1
-        lax.fori_loop(0, steps, multiply, begin)
+    lax.fori_loop(0, lax.div(last - block, blocks) + 1, multiply, begin)
