@@ -384,8 +384,8 @@ class Request:
 
     def expect_token(self, num_drafted: int = 0) -> None:
         """Make room for a token that the device will draw, after verifying so many of `draft`."""
-        known = self.draft[:num_drafted]
-        self.token_ids.extend(known or [0] * num_drafted)
+        if num_drafted:
+            self.token_ids.extend(self.draft[:num_drafted] or [0] * num_drafted)
         self.token_ids.append(0)
         self.num_pending += num_drafted + 1
         self.draft = self.draft_parents = ()
@@ -443,24 +443,25 @@ class Request:
     @property
     def has_draft(self) -> bool:
         """Whether its next step shall verify one."""
-        return bool(self.draft) or self.num_unseen_draft > 0
+        return bool(self.draft) or (self.num_drafted_ahead > 0 and self.num_unseen_draft > 0)
 
     @property
     def holds_others_up(self) -> bool:
         """Whether it waits for tokens, and others of its kind wait with it."""
         # Who has just begun holds nobody up: or else many that begin in turn hold up all others.
-        waits = self.verifies and not self.runs_ahead
-        return waits or (self.is_structured and 0 < self.num_pending < self.num_drawn)
+        if self.matcher is not None and 0 < self.num_pending < self.num_drawn:
+            return True
+        return self.num_pending > 1 and not self.runs_ahead
 
     @property
     def waits_for_tokens(self) -> bool:
         """Whether what comes next cannot be computed before the pending tokens are known."""
         if not self.num_pending:
             return False
-        host_decides = self.params.bad_words or self.params.min_tokens or self.is_structured
+        host_decides = self.matcher is not None or self.params.bad_words or self.params.min_tokens
         if host_decides or self.draft or self.all_drawn:
             return True
-        return self.verifies and not self.runs_ahead
+        return self.num_pending > 1 and not self.runs_ahead
 
     @property
     def waits_for_masks(self) -> bool:
@@ -480,14 +481,14 @@ class Request:
     @property
     def all_drawn(self) -> bool:
         """Whether it has all its tokens, though perhaps not all are known to the host."""
-        return self.num_drawn >= self.max_tokens
+        return len(self.output_token_ids) + self.num_pending >= self.max_tokens
 
     @property
     def is_streaming(self) -> bool:
         """Whether its answer grows, and its user looks on."""
         if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
             return False
-        return self.num_tokens == self.num_computed_tokens + 1 and not self.all_drawn
+        return len(self.token_ids) == self.num_computed_tokens + 1 and not self.all_drawn
 
     @property
     def wants_prompt_rows(self) -> bool:

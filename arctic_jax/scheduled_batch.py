@@ -57,9 +57,10 @@ class ScheduledRequest:
             if end - first_row > max_rows:
                 end, samples = first_row + max_rows, False
             return ScheduledRequest(request, start, end - start, end - first_row, samples)
-        drafted = 0
-        if samples and (wanted := len(request.draft) or request.num_unseen_draft):
-            drafted = min(wanted, start + max_tokens - end, max_rows)
+        if not (samples and request.has_draft):
+            return ScheduledRequest(request, start, end - start, int(samples), samples)
+        wanted = len(request.draft) or request.num_unseen_draft
+        drafted = min(wanted, start + max_tokens - end, max_rows)
         return ScheduledRequest(
             request,
             start,

@@ -209,19 +209,20 @@ class EngineCore:
             if isinstance(error, Exception) and (failure := self.runner.failure(seconds=1.0)):
                 raise EngineDeadError(failure) from error
             raise
-        live = [part for part in step.scheduled.requests if not part.request.status.finished]
+        live = [part for part in batch.requests if not part.request.status.finished]
         changed |= {self._group_of[part.request]: None for part in live if part.samples}
-        for request, status in self.outputs.accept(step.scheduled, output, self._group_of):
+        for request, status in self.outputs.accept(batch, output, self._group_of):
             changed[self._group_of[request]] = None
             self._finish(request, status)
         # Those that were preempted since have lost what would be moved.
         self.runner.keep_accepted(
-            p for p in live if p.moves and p.request.status is RequestStatus.RUNNING
+            p for p in live if p.accepted and p.request.status is RequestStatus.RUNNING
         )
-        self.proposer.propose(step.scheduled, output)
+        self.proposer.propose(batch, output)
         for part in live:
-            if part.samples and not part.request.status.finished:
-                self._masks.begin(part.request)
+            request = part.request
+            if request.matcher is not None and part.samples and not request.status.finished:
+                self._masks.begin(request)
         return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -288,7 +289,7 @@ class EngineCore:
         self.proposer.finish(request)
         if request.matcher is not None:
             request.matcher.cancel()
-        del self._group_of[request]
+        self._group_of.pop(request).num_open -= 1
 
     def _output(self, group: RequestGroup) -> RequestOutput:
         if group.finished:

@@ -38,23 +38,26 @@ class RequestGroup:
     num_reported: dict[Request, int] = field(default_factory=dict)
     """Tokens of each answer that its user has; kept for `DELTA` only."""
     ends_reported: set[Request] = field(default_factory=set)
+    num_open: int = field(init=False)
+    """Answers that have not ended."""
 
     def __post_init__(self) -> None:
         """Note what its user gets."""
         self.kind = self.members[0].params.output_kind
+        self.num_open = len(self.members)
 
     @property
     def finished(self) -> bool:
         """Whether all answers have ended."""
-        return all(member.status.finished for member in self.members)
+        return not self.num_open
 
     @property
     def reports(self) -> bool:
         """Whether its user gets the state after this step."""
         if self.kind is RequestOutputKind.FINAL_ONLY:
-            return self.finished
+            return not self.num_open
         # The prompt's log-probabilities come with the first output, so all of them must be there.
-        return not self.members[0].wants_prompt_rows or self.finished
+        return not self.members[0].wants_prompt_rows or not self.num_open
 
 
 class OutputProcessor:
@@ -91,46 +94,54 @@ class OutputProcessor:
         What goes wrong with one request ends that one as `FAILED`.
         """
         ended = []
-        row = 0
+        row, now = 0, time.monotonic()
         for part in scheduled.requests:
-            rows = range(row, row + part.num_rows)
-            row += part.num_rows
-            if part.request.status.finished:  # its end was seen after this step was launched
+            request, first, row = part.request, row, row + part.num_rows
+            if request.status.finished:  # its end was seen after this step was launched
                 continue
             try:
-                status = self._accept_rows(part, rows, output, groups[part.request])
+                # Rows without a token follow wrong drafts.
+                rows = [i for i in range(first, row) if output.token_ids[i] >= 0]
+                status = None
+                if num_prompt_rows := part.num_rows - part.num_draws:
+                    status = self._accept_prompt_rows(part, rows[:num_prompt_rows], output)
+                    rows = rows[num_prompt_rows:]
+                if status is None:
+                    status = self._take_draws(part, rows, output, groups[request], now)
             except Exception as error:  # one request must not take the others with it
-                part.request.error = f"{type(error).__name__}: {error}"
+                request.error = f"{type(error).__name__}: {error}"
                 status = RequestStatus.FAILED
             if status is not None:
-                ended.append((part.request, status))
+                ended.append((request, status))
         return ended
 
-    def _accept_rows(
-        self, part: ScheduledRequest, rows: range, output: HostOutput, group: RequestGroup
+    def _accept_prompt_rows(
+        self, part: ScheduledRequest, rows: list[int], output: HostOutput
     ) -> RequestStatus | None:
-        request = part.request
-        counting = [row for row in rows if output.token_ids[row] >= 0]  # others follow wrong drafts
-        first_position = part.end - part.num_rows
-        prompt_rows = counting[: part.num_rows - part.num_draws]
-        for i, row in enumerate(prompt_rows):
+        request, first_position = part.request, part.end - part.num_rows
+        for position, row in enumerate(rows, first_position):
             if not output.finite[row]:
-                return self._fail(request, first_position + i)
+                return self._fail(request, position)
         if request.wants_prompt_rows:
-            for i, row in enumerate(prompt_rows, first_position + 1):
-                token = request.prompt_token_ids[i]
+            for position, row in enumerate(rows, first_position + 1):
+                token = request.prompt_token_ids[position]
                 wanted = request.params.prompt_logprobs or 0
                 request.prompt_logprobs.append(self._logprobs(output, row, token, wanted))
-        return self._take_draws(part, counting[len(prompt_rows) :], output, group)
+        return None
 
     def _take_draws(
-        self, part: ScheduledRequest, rows: list[int], output: HostOutput, group: RequestGroup
+        self,
+        part: ScheduledRequest,
+        rows: list[int],
+        output: HostOutput,
+        group: RequestGroup,
+        now: float,
     ) -> RequestStatus | None:
         """Append the tokens of rows, all accepted drafts but the last, up to an end."""
         request, status, known = part.request, None, len(part.request.output_token_ids)
         for row in rows:
             if output.finite[row]:
-                status = self._take_token(request, row, output, group)
+                status = self._take_token(request, row, output, group, now)
             else:  # what comes after an end may be as it likes
                 status = self._fail(request, request.num_tokens - request.num_pending - 1)
             if status is not None:
@@ -150,11 +161,10 @@ class OutputProcessor:
         return RequestStatus.FAILED
 
     def _take_token(
-        self, request: Request, row: int, output: HostOutput, group: RequestGroup
+        self, request: Request, row: int, output: HostOutput, group: RequestGroup, now: float
     ) -> RequestStatus | None:
         """Append a row's token; return how the request ends, if it does."""
         params, token = request.params, output.token_ids[row]
-        now = time.monotonic()
         if request.first_token_time is None:
             request.first_token_time = now
             self.totals.begin(request)

@@ -58,8 +58,10 @@ class StepPacker:
         }
         # Whose row it is, and how often that request was preempted: then it has other blocks.
         self._owner: list[tuple[Request | None, int]] = [(None, 0)] * max_num_seqs
-        # In the step packed last: which part each request had, and its last row.
-        self._before: dict[Request, tuple[int, ScheduledRequest, int]] = {}
+        # Of the step packed last: which part each request had; the drafted tokens and the last row
+        # of each part.
+        self._before: dict[Request, int] = {}
+        self._drafted_before = self._rows_before = np.zeros(0, np.int64)
 
     def pack(self, scheduled: ScheduledBatch, bucket: Bucket) -> np.ndarray:
         """Write a step into a new array, in the bucket's shape."""
@@ -72,6 +74,11 @@ class StepPacker:
         starts = np.array([part.start for part in parts])
         lengths = np.array([part.num_tokens for part in parts])
         rows = np.array([part.num_rows for part in parts])
+        samples = np.array([part.samples for part in parts])
+        drafted = np.array([part.num_drafted for part in parts])
+        pending = np.array([request.num_pending for request in requests])
+        answered = np.array([len(request.output_token_ids) for request in requests])
+        first_masks = np.array([part.first_mask for part in parts])
         seqs, seq_ends, row_ends = np.arange(n), np.cumsum(lengths), np.cumsum(rows)
         T, R = seq_ends[-1], row_ends[-1]
         seq = np.repeat(seqs, lengths)
@@ -81,9 +88,9 @@ class StepPacker:
         views = host_views(packed, bucket, self.max_blocks)
         views["token_ids"][:T] = _token_ids(parts)
         views["token_source"][:] = -1
-        for i, (part, end) in enumerate(zip(parts, seq_ends.tolist(), strict=True)):
-            if part.request.num_pending > part.num_draws:  # the step before draws the last one
-                self._follow(part, i, end, views)
+        # Of these the step before draws the last known token.
+        followers = np.flatnonzero(pending > samples + drafted)
+        self._follow(parts, followers, (seq_ends - drafted)[followers], views)
         views["positions"][:T] = places
         views["slot_mapping"][T:] = -1
         blocks = self._block_tables[slots[seq], places // size]
@@ -98,12 +105,12 @@ class StepPacker:
         views["logit_rows"][:R] = np.arange(R) + (seq_ends - row_ends)[row_seq]
         views["logit_rows"][R:] = -1
         views["row_seq"][:R] = row_seq
-        steps = np.array([part.request.num_drawn - part.num_rows for part in parts])
-        views["row_step"][:R] = np.arange(R) + (steps - row_ends + rows)[row_seq]
+        views["row_step"][:R] = np.arange(R) + (answered + pending - row_ends)[row_seq]
         views["row_target"][:R] = -1
         views["row_draft"][:] = -1
         views["row_mask"][:] = -1
-        for part, end in zip(parts, row_ends.tolist(), strict=True):
+        for i in np.flatnonzero((first_masks >= 0) | (rows > samples)).tolist():
+            part, end = parts[i], int(row_ends[i])
             if part.first_mask >= 0:
                 masks = part.first_mask + np.arange(part.num_draws)
                 views["row_mask"][end - part.num_draws : end] = masks
@@ -125,25 +132,38 @@ class StepPacker:
         views["want_logprobs"][...] = any(
             request.params.logprobs is not None or request.wants_prompt_rows for request in requests
         )
-        last_rows = (row_ends - 1).tolist()
-        self._before = {
-            part.request: (i, part, row)
-            for i, (part, row) in enumerate(zip(parts, last_rows, strict=True))
-        }
+        self._before = dict(zip(requests, range(n), strict=True))
+        self._drafted_before, self._rows_before = drafted, row_ends - 1
         return packed
 
     def _follow(
-        self, part: ScheduledRequest, seq: int, end: int, views: dict[str, np.ndarray]
+        self,
+        parts: Sequence[ScheduledRequest],
+        followers: np.ndarray,
+        first_drafts: np.ndarray,
+        views: dict[str, np.ndarray],
     ) -> None:
-        """Say where the device finds tokens that it is still drawing, or has drafted."""
-        seq_before, before, row = self._before[part.request]
-        first = end - part.num_drafted
-        views["token_source"][first - 1] = row
-        views["before_row"][seq] = row
-        views["before_drafted"][seq] = before.num_drafted
-        if part.unseen:
-            drafts = self.max_rows + seq_before * self.num_drafted
-            views["token_source"][first:end] = drafts + np.arange(part.num_drafted)
+        """Say where the device finds tokens that it is still drawing, or has drafted.
+
+        Args:
+            parts: of the step.
+            followers: the parts that have such tokens.
+            first_drafts: the place in the step of each one's first drafted token, after its known
+                ones.
+            views: of the packed step.
+        """
+        if not len(followers):
+            return
+        following = [parts[i] for i in followers.tolist()]
+        before = np.array([self._before[part.request] for part in following])
+        rows = self._rows_before[before]
+        views["token_source"][first_drafts - 1] = rows
+        views["before_row"][followers] = rows
+        views["before_drafted"][followers] = self._drafted_before[before]
+        for i in np.flatnonzero([part.unseen for part in following]):
+            places = np.arange(following[i].num_drafted)
+            drafts = self.max_rows + before[i] * self.num_drafted
+            views["token_source"][first_drafts[i] + places] = drafts + places
 
     def _refresh(self, request: Request) -> None:
         """Bring the request's row up to date."""

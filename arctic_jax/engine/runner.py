@@ -176,7 +176,9 @@ class ModelRunner:
         rows = [
             (part.request.slot, *row)
             for part in scheduled.requests
-            if part.samples and (row := self._rows.changed(part.request)) is not None
+            if part.request.params.adjusts_logits
+            and part.samples
+            and (row := self._rows.changed(part.request)) is not None
         ]
         masks = list(self._masks.fill(scheduled))
         layout, bucket = self.picker.pick(scheduled)

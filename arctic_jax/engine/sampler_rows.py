@@ -20,9 +20,10 @@ class SamplerRows:
         self._held: dict[Request, tuple[int, int, frozenset[int]]] = {}
 
     def changed(self, request: Request) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return `seen` and `bias` if the device's row is not what the request needs now."""
-        if not request.params.adjusts_logits:
-            return None
+        """Return `seen` and `bias` if the device's row is not what the request needs now.
+
+        For requests whose parameters adjust logits; others have no row.
+        """
         banned = self._banned(request)
         # After a preemption the row is another, or has been used by another request.
         key = (request.slot, request.num_preemptions, banned)

@@ -97,19 +97,25 @@ class Scheduler:
         i = 0
         while i < len(self.running) and tokens:
             request = self.running[i]
-            missing = request.num_tokens - request.num_computed_tokens
-            most = tokens if missing == 1 else min(tokens, prefill)
-            most_rows = min(rows, rows_of_draft) if num_drafts and request.has_draft else rows
-            part = ScheduledRequest.plan(request, request.num_computed_tokens, most, most_rows)
-            # Without tokens: none, or no rows, are left for its prompt.
-            waits = held_up and part.samples and request.goes_with_others
-            waits = waits or (part.samples and request.waits_for_masks)
-            if part.num_tokens < 1 or request.waits_for_tokens or waits:
+            if request.waits_for_tokens:
                 i += 1
                 continue
-            if part.num_drafted and not self._extend(request, part.end):
+            start = request.num_computed_tokens
+            missing = len(request.token_ids) - start
+            most = tokens if missing == 1 else min(tokens, prefill)
+            most_rows = min(rows, rows_of_draft) if num_drafts and request.has_draft else rows
+            part = ScheduledRequest.plan(request, start, most, most_rows)
+            waits = part.samples and (
+                (held_up and request.goes_with_others) or request.waits_for_masks
+            )
+            if waits or part.num_tokens < 1:  # none, or no rows, are left for its prompt
+                i += 1
+                continue
+            end = start + part.num_tokens
+            if part.num_drafted and not self._extend(request, end):
                 part = part.without_draft()  # nobody is preempted for a guess
-            while not self._extend(request, part.end):
+                end = part.end
+            while not self._extend(request, end):
                 preempted = True
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -209,12 +215,12 @@ class Scheduler:
         preempted any more in this step: victims come from the end of `running`.
         """
         chosen.append(part)
-        request, size = part.request, self.pool.block_size
-        request.num_computed_tokens = part.end
+        request, end = part.request, part.start + part.num_tokens
+        request.num_computed_tokens = end
         if part.samples:
             request.expect_token(part.num_drafted)
-        known = min(part.end, len(request.token_ids) - request.num_pending)
-        full = known // size
+        known = min(end, len(request.token_ids) - request.num_pending)
+        full = known // self.pool.block_size
         if full == request.num_published_blocks:
             return
         hashes = self.pool.hashes(
