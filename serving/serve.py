@@ -1,6 +1,7 @@
 """The command `arctic-jax serve`: a model behind the endpoint."""
 
 import functools
+import gc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -330,6 +331,9 @@ def serve(**options: Any) -> None:
         model = ServedModel(running, settings.served)
         metrics = lifecycle.measure(model, settings.metrics_prefix)
         address = settings.uds or "{}:{}".format(*listener.getsockname()[:2])
+        # What stays for good is not looked at again: a full collection would hold up all answers.
+        gc.collect()
+        gc.freeze()
         stderr.print(Text(f"{model.name} is ready on {address}; Ctrl-C stops the server", "dim"))
         lifecycle.run(
             build_app(model, metrics, replace(settings.http, tracer=tracer)),
