@@ -226,18 +226,24 @@ class OutputProcessor:
             finished=finished,
             prompt_logprobs=list(first.prompt_logprobs) if wanted else None,
             num_cached_tokens=first.num_cached_tokens,
-            metrics=RequestMetrics(
-                arrival_time=first.arrival_time,
-                first_scheduled_time=first.first_scheduled_time,
-                first_token_time=first.first_token_time,
-                last_token_time=first.last_token_time,
-                finished_time=time.monotonic() if finished else None,
-                num_preemptions=sum(m.num_preemptions for m in group.members),
-                num_drafted_tokens=sum(m.num_drafted_tokens for m in group.members),
-                num_accepted_tokens=sum(m.num_accepted_tokens for m in group.members),
-                replica=self._replica,
-            ),
+            metrics=self._metrics(group),
         )
+
+    def _metrics(self, group: RequestGroup) -> RequestMetrics:
+        first = group.members[0]
+        metrics = RequestMetrics(
+            arrival_time=first.arrival_time,
+            first_scheduled_time=first.first_scheduled_time,
+            first_token_time=first.first_token_time,
+            last_token_time=first.last_token_time,
+            finished_time=time.monotonic() if group.finished else None,
+            replica=self._replica,
+        )
+        for member in group.members:
+            metrics.num_preemptions += member.num_preemptions
+            metrics.num_drafted_tokens += member.num_drafted_tokens
+            metrics.num_accepted_tokens += member.num_accepted_tokens
+        return metrics
 
     def _completion(self, request: Request, group: RequestGroup) -> CompletionOutput:
         stream = group.streams.get(request)
