@@ -245,8 +245,12 @@ def _body(
         def _(step):
             plgpu.barrier_wait(consumed.at[slot_of(step)])
 
+    def load_bias(column):
+        by_column = plgpu.Layout.WGMMA.reduce(0)
+        return plgpu.load(bias_gmem.at[pl.ds(column, PIECE)], layout=by_column, optimized=False)
+
     def multiply(turn, acc):
-        """Return a tile's sums, and its bias in parts as wide as a piece."""
+        """Return a tile's sums, and the bias of its first columns."""
 
         @pl.loop(0, steps)
         def _(i):
@@ -256,38 +260,40 @@ def _body(
             plgpu.wgmma_wait(1)  # the step before is done, and its memory free
             pl.when(i > 0)(lambda: plgpu.barrier_arrive(consumed.at[slot_of(turn * steps + i - 1)]))
 
-        _, column = corner(turn)  # while the last step is multiplied
-        by_column = plgpu.Layout.WGMMA.reduce(0)
-        bias = [
-            plgpu.load(
-                bias_gmem.at[pl.ds(column + first, PIECE)], layout=by_column, optimized=False
-            )
-            for first in range(0, config.outputs, PIECE)
-        ]
+        bias = load_bias(corner(turn)[1])  # while the last step is multiplied
         sums = acc[...]
         plgpu.barrier_arrive(consumed.at[slot_of(turn * steps + steps - 1)])
         return sums, bias
 
     def store(turn, sums, bias):
-        """Store GELU of a tile, piece by piece: so few numbers need a register beside the sums."""
+        """Store GELU of a tile, piece by piece, those past the end of the tokens left out.
+
+        The conditions have a second use: without them the compiler computes GELU of all pieces
+        before it stores the first, for which there are not enough registers.
+        """
         row, column = corner(turn)
-        pieces = [
-            (i, j)
-            for j in range(0, config.outputs, PIECE)
-            for i in range(0, config.rows, PIECE)
-        ]
-        for index, (i, j) in enumerate(pieces):
-            piece = sums[i : i + PIECE, j : j + PIECE]
-            wide_bias = bias[j // PIECE].astype(jnp.float32)
-            piece += lax.broadcast_in_dim(wide_bias, piece.shape, [1])
-            result = gelu_by_polynomial(piece).astype(out_smem.dtype)
-            target = out_smem.at[warpgroup, index % config.pieces]
-            plgpu.wait_smem_to_gmem(config.pieces - 1, wait_read_only=True)  # the one there before
-            target[...] = result
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                target, out_gmem.at[pl.ds(row + i, PIECE), pl.ds(column + j, PIECE)]
-            )
+        index = 0
+        for j in range(0, config.outputs, PIECE):
+            last = j + PIECE == config.outputs
+            following = bias if last else load_bias(column + j + PIECE)
+            for i in range(0, config.rows, PIECE):
+
+                @pl.when(row + i < T)
+                def _(i=i, j=j, bias=bias, index=index):
+                    piece = sums[i : i + PIECE, j : j + PIECE]
+                    piece += lax.broadcast_in_dim(bias.astype(jnp.float32), piece.shape, [1])
+                    result = gelu_by_polynomial(piece).astype(out_smem.dtype)
+                    target = out_smem.at[warpgroup, index % config.pieces]
+                    # The copy of what was there before has to be done.
+                    plgpu.wait_smem_to_gmem(config.pieces - 1, wait_read_only=True)
+                    target[...] = result
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(
+                        target, out_gmem.at[pl.ds(row + i, PIECE), pl.ds(column + j, PIECE)]
+                    )
+
+                index += 1
+            bias = following
 
     def take_turns():
         @pl.loop(0, lax.div(turns - warpgroup + (CONSUMERS - 1), CONSUMERS))
@@ -304,11 +310,11 @@ def _body(
     @pl.when(warpgroup == CONSUMERS)
     def _():
         if not interpreted:
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
         load()
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
         if not interpreted:
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(232, action="increase")
         take_turns()
