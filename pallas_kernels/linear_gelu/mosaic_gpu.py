@@ -141,7 +141,7 @@ def linear_gelu(
         raise ValueError(f"{K} inputs and {N} outputs are not divided by {config}")
     # TMA reads zeros past the end, and writes nothing, but of whole tiles of eight rows.
     padded = max(T + -T % 8, config.rows)
-    tiles = pl.cdiv(padded, config.rows * config.down) * (N // (config.outputs * config.across))
+    turns = pl.cdiv(padded, config.rows * config.down) * (N // (config.outputs * config.across))
 
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     consumed = plgpu.Barrier
@@ -162,13 +162,12 @@ def linear_gelu(
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=(CONSUMERS, config.stages)),
             "consumed": consumed(num_barriers=config.stages),
         },
-        grid=(min(config.blocks // config.cluster, tiles),),
+        grid=(min(config.blocks // config.cluster, turns),),
         grid_names=("cluster",),
         cluster=(config.cluster,),
         cluster_names=("neighbour",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
         kernel_name="linear_gelu",
     )(jnp.pad(x, ((0, padded - T), (0, 0))), weight, bias)
@@ -266,10 +265,10 @@ def _body(
         return sums, bias
 
     def store(turn, sums, bias):
-        """Store GELU of a tile, piece by piece, those past the end of the tokens left out.
+        """Store GELU of a tile, piece by piece.
 
-        The conditions have a second use: without them the compiler computes GELU of all pieces
-        before it stores the first, for which there are not enough registers.
+        The condition, which saves work past the end of the tokens, has a second use: without it
+        the compiler computes all pieces before it stores the first, and runs out of registers.
         """
         row, column = corner(turn)
         index = 0
@@ -277,21 +276,22 @@ def _body(
             last = j + PIECE == config.outputs
             following = bias if last else load_bias(column + j + PIECE)
             for i in range(0, config.rows, PIECE):
+                target = out_smem.at[warpgroup, index % config.pieces]
 
                 @pl.when(row + i < T)
-                def _(i=i, j=j, bias=bias, index=index):
+                def _(i=i, j=j, bias=bias, target=target):
                     piece = sums[i : i + PIECE, j : j + PIECE]
                     piece += lax.broadcast_in_dim(bias.astype(jnp.float32), piece.shape, [1])
                     result = gelu_by_polynomial(piece).astype(out_smem.dtype)
-                    target = out_smem.at[warpgroup, index % config.pieces]
                     # The copy of what was there before has to be done.
                     plgpu.wait_smem_to_gmem(config.pieces - 1, wait_read_only=True)
                     target[...] = result
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        target, out_gmem.at[pl.ds(row + i, PIECE), pl.ds(column + j, PIECE)]
-                    )
 
+                # In any case, since copies are counted: past the end it writes nothing.
+                plgpu.copy_smem_to_gmem(
+                    target, out_gmem.at[pl.ds(row + i, PIECE), pl.ds(column + j, PIECE)]
+                )
                 index += 1
             bias = following
 

@@ -16,6 +16,8 @@ from arctic_jax.pallas_kernels.linear_gelu.mosaic_gpu import Config
 CONFIGS = {
     "alone": (cases.Case("", 300, 192, 256), Config(64, 128, 2, blocks=2)),
     "one_piece": (cases.Case("", 264, 128, 128), Config(64, 64, 3, pieces=1, blocks=1)),
+    # Half of the last row of tiles is past the end of the tokens.
+    "half_tiles": (cases.Case("", 320, 64, 256), Config(128, 128, 2, blocks=1)),
     # The last tile of a cluster is past the end of the tokens.
     "shared_weight": (cases.Case("", 575, 64, 128), Config(128, 64, 2, "weight", blocks=2)),
     "shared_tokens": (cases.Case("", 200, 128, 512), Config(64, 128, 3, "tokens", blocks=4)),
