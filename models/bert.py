@@ -17,9 +17,9 @@ from jax import Array
 
 from arctic_jax.encoder_batch import EncoderBatch
 from arctic_jax.errors import UnsupportedModelError
-from arctic_jax.models.gelu import gelu
 from arctic_jax.models.layers import parameter
 from arctic_jax.pallas_kernels.add_layer_norm import add_layer_norm
+from arctic_jax.pallas_kernels.gelu import gelu
 from arctic_jax.pallas_kernels.segment_attention import segment_attention
 from arctic_jax.weights import Rows, Source, Transposed
 

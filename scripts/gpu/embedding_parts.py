@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from arctic_jax.models.gelu import gelu
 from arctic_jax.pallas_kernels.add_layer_norm import mosaic_gpu as layer_norm
+from arctic_jax.pallas_kernels.gelu import gelu
 from arctic_jax.pallas_kernels.segment_attention import mosaic_gpu, reference
 
 HIDDEN, WIDE, HEADS, SIZE = 768, 3072, 12, 64

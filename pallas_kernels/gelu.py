@@ -1,4 +1,4 @@
-"""GELU by the error function (Hendrycks and Gimpel 2016). Pure."""
+"""GELU by the error function (Hendrycks and Gimpel 2016). Pure; of encoders, and of a kernel."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -28,11 +28,15 @@ def gelu(x: Array) -> Array:
     """
     if x.dtype.itemsize > 2:  # not by erfc, as in `jax.nn.gelu`: it takes a CPU three times as long
         return 0.5 * x * (1 + lax.erf(x * 0.5**0.5))
-    wide = x.astype(jnp.float32)
-    clipped = jnp.clip(wide, -LIMIT, LIMIT)
+    return gelu_by_polynomial(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def gelu_by_polynomial(x: Array) -> Array:
+    """GELU of float32 numbers that are about to be rounded to 16 bits."""
+    clipped = jnp.clip(x, -LIMIT, LIMIT)
     square = clipped * clipped
     share = jnp.full_like(square, COEFFICIENTS[-1])
     for coefficient in COEFFICIENTS[-2::-1]:
         share = share * square + coefficient
     share = jnp.clip(clipped * share, -0.5, 0.5) + 0.5
-    return (wide * share).astype(x.dtype)
+    return x * share

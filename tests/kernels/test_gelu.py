@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arctic_jax.models.gelu import gelu
+from arctic_jax.pallas_kernels.gelu import gelu
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
