@@ -13,7 +13,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -126,8 +127,7 @@ class AsyncEngine:
         """
         self._death = self._death or error
         self._inbox.put(None)
-        for mailbox in list(self._mailboxes.values()):
-            mailbox.put(self._death)
+        _deliver([(mailbox, self._death) for mailbox in list(self._mailboxes.values())])
         self._refuse_calls(self._death)
 
     def shutdown(self, timeout: float | None = None) -> bool:
@@ -165,7 +165,7 @@ class AsyncEngine:
             return  # the request has ended, and its id may be somebody else's by now
         output = self.engine.abort(request_id)
         if output is not None:
-            self._deliver(output)
+            self._deliver([output])
 
     def _run(self) -> None:
         """Serve until told to stop: the engine thread's whole life."""
@@ -173,14 +173,12 @@ class AsyncEngine:
             while True:
                 if not self._drain() or self._death is not None:
                     raise EngineDeadError("the engine was shut down")
-                for output in self.engine.step():
-                    self._deliver(output)
+                self._deliver(self.engine.step())
         except BaseException as error:
             if not isinstance(error, EngineDeadError):
                 logger.exception("the engine has failed")
             self._death = self._death or error
-            for mailbox in self._mailboxes.values():
-                mailbox.put(error)
+            _deliver([(mailbox, error) for mailbox in self._mailboxes.values()])
             self._mailboxes.clear()
             self._refuse_calls(error)
 
@@ -197,13 +195,13 @@ class AsyncEngine:
             call.run()
             block = not self.engine.has_requests
 
-    def _deliver(self, output: RequestOutput) -> None:
-        mailbox = self._mailboxes.get(output.request_id)
-        if mailbox is None:
-            return
-        if output.finished:
-            del self._mailboxes[output.request_id]
-        mailbox.put(output)
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        letters = []
+        for output in outputs:
+            take = self._mailboxes.pop if output.finished else self._mailboxes.get
+            if (mailbox := take(output.request_id, None)) is not None:
+                letters.append((mailbox, output))
+        _deliver(letters)
 
 
 class _Call:
@@ -236,7 +234,7 @@ class _Mailbox:
     """What one request's reader has not fetched yet, from the engine's thread to an event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, kind: RequestOutputKind) -> None:
-        self._loop = loop
+        self.loop = loop
         self._adds_up = kind is RequestOutputKind.DELTA
         self._arrived = asyncio.Event()
         self._lock = threading.Lock()
@@ -244,7 +242,7 @@ class _Mailbox:
         self._death: BaseException | None = None
 
     def put(self, item: RequestOutput | BaseException) -> None:
-        """Add a delta, or replace an earlier state; called by the engine's thread."""
+        """Add a delta, or replace an earlier state; by any thread. `ring` has to follow."""
         with self._lock:
             if isinstance(item, BaseException):
                 self._death = item
@@ -254,8 +252,10 @@ class _Mailbox:
                     self._letters = [join_deltas(self._letters)]
             else:
                 self._letters = [item]
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    def ring(self) -> None:
+        """Wake the reader; called by its loop."""
+        self._arrived.set()
 
     async def fetch(self) -> RequestOutput:
         """Wait for something newer than what was fetched before."""
@@ -269,3 +269,23 @@ class _Mailbox:
                 return join_deltas(letters)
             await self._arrived.wait()
             self._arrived.clear()
+
+
+def _deliver(letters: Iterable[tuple[_Mailbox, RequestOutput | BaseException]]) -> None:
+    """Put everything into its mailbox, then wake the readers, those of a loop by one call.
+
+    Each such call writes to a socket, which hands the interpreter to the loop: one for each of many
+    streams would hold the next step up.
+    """
+    addressed: dict[asyncio.AbstractEventLoop, list[_Mailbox]] = defaultdict(list)
+    for mailbox, letter in letters:
+        mailbox.put(letter)
+        addressed[mailbox.loop].append(mailbox)
+    for loop, mailboxes in addressed.items():
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody reads any more
+            loop.call_soon_threadsafe(_ring, mailboxes)
+
+
+def _ring(mailboxes: Iterable[_Mailbox]) -> None:
+    for mailbox in mailboxes:
+        mailbox.ring()
