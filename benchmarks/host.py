@@ -4,10 +4,12 @@
 
 Milliseconds of the engine's thread alone (waiting for the device, and what other threads do, left
 out) for a step in which every request gets a token, and for the parts of it. Streaming, each
-request's user gets what is new after every step, as in a server.
+request's user gets what is new after every step, as in a server. Last, the time of a step, all
+threads together, when each stream is read by a task of an event loop.
 """
 
 import argparse
+import asyncio
 import datetime
 import json
 import statistics
@@ -24,6 +26,7 @@ import numpy as np
 from arctic_jax import LLM, SamplingParams, __version__
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.request import RequestOutputKind
+from arctic_jax.serving.async_engine import AsyncEngine
 from arctic_jax.serving.environment import host
 from arctic_jax.testing import write_model
 
@@ -42,14 +45,18 @@ def main() -> None:
             max_num_seqs=args.requests,
             max_num_batched_tokens=2 * args.requests,
         )
-    kinds = {"at the end": RequestOutputKind.FINAL_ONLY, "streaming": RequestOutputKind.DELTA}
     rows = []
+
+    def note(output: str, part: str, times: list[float]) -> None:
+        row = {"median_ms": statistics.median(times), "least_ms": min(times)}
+        rows.append({"output": output, "part": part} | row)
+        print(f"{output:10}  {part:8}  {row['median_ms']:6.3f} ms, least {row['least_ms']:6.3f}")
+
+    kinds = {"at the end": RequestOutputKind.FINAL_ONLY, "streaming": RequestOutputKind.DELTA}
     for name, kind in kinds.items():
         for part, times in measure(llm.engine, kind, args.requests, args.steps).items():
-            row = {"output": name, "part": part}
-            row |= {"median_ms": statistics.median(times), "least_ms": min(times)}
-            rows.append(row)
-            print(f"{name:10}  {part:8}  {row['median_ms']:6.3f} ms, least {row['least_ms']:6.3f}")
+            note(name, part, times)
+    note("event loop", "step", asyncio.run(read(llm.engine, args.requests, args.steps)))
     if args.out:
         document = {
             "date": datetime.date.today().isoformat(),
@@ -89,6 +96,26 @@ def measure(
         delattr(owner, name)
     for i in range(requests):
         engine.abort(str(i))
+    return times
+
+
+async def read(engine: EngineCore, requests: int, steps: int, rounds: int = 3) -> list[float]:
+    """Return the mean time of a step in each round, in milliseconds."""
+    params = SamplingParams(
+        temperature=0, max_tokens=steps, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    readable = AsyncEngine(engine=engine)
+
+    async def stream() -> None:
+        async for _ in readable.generate({"prompt_token_ids": [5] * 16}, params):
+            pass
+
+    times = []
+    for _ in range(rounds):
+        begin, before = time.perf_counter(), engine.num_steps
+        await asyncio.gather(*(stream() for _ in range(requests)))
+        times.append((time.perf_counter() - begin) / (engine.num_steps - before) * 1e3)
+    readable.shutdown()
     return times
 
 
