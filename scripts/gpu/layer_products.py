@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from arctic_jax.models.layers import sum_of_products
+from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.add_rms_norm import add_rms_norm
 from arctic_jax.pallas_kernels.linear import cases, linear, mosaic_gpu
 from arctic_jax.pallas_kernels.linear.mosaic_gpu import Config
@@ -97,13 +98,14 @@ def one_token(x: Array, weight: Array, gated: bool, inputs_first: bool) -> Array
     return out.astype(x.dtype)
 
 
-def ways_for(product: str, tokens: int) -> list[Way]:
+def ways_for(model: str, product: str, tokens: int) -> list[Way]:
     """Return the ways to do a product that are not the dispatch's own."""
     names = ["mosaic_gpu", "xla", *(["sum"] if tokens == 1 else [])]
     found = [Way(name, apart=product in ("qkv", "gate_up")) for name in names]
     if product == "gate_up" and tokens <= 16:
-        found += [Way("mosaic_gpu", True, Config(128, 128, 3))]
-        found += [Way("mosaic_gpu", True, Config(64, 64, 6))]
+        inputs = cases.LAYERS[model][product]["weight"][-1]
+        configs = [Config(128, 128, 3), Config(64, 64, 6)]
+        found += [Way("mosaic_gpu", True, c) for c in configs if inputs % c.depth == 0]
     return found
 
 
@@ -149,7 +151,7 @@ def measure(model: str, tokens: int, options: argparse.Namespace) -> dict:
     All are measured in turns, so that a chip that gets warmer does so for all of them.
     """
     variants: list[tuple[str | None, Way]] = [(None, Way())]
-    variants += [(product, way) for product in PRODUCTS for way in ways_for(product, tokens)]
+    variants += [(product, way) for product in PRODUCTS for way in ways_for(model, product, tokens)]
     make = jax.jit(functools.partial(arguments, model, tokens))
     shapes = jax.eval_shape(make)
 
@@ -192,9 +194,10 @@ def _range(times: list[float]) -> str:
 def lower(model: str, tokens: int) -> None:
     """Lower every way for CUDA, on any machine."""
     shapes = jax.eval_shape(functools.partial(arguments, model, tokens))
-    for product in PRODUCTS:
-        for way in ways_for(product, tokens):
-            layers_with(product, way).trace(*shapes).lower(lowering_platforms=("cuda",))
+    with dispatch.lowering_for_hopper():
+        for product in PRODUCTS:
+            for way in ways_for(model, product, tokens):
+                layers_with(product, way).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
 def main() -> None:
