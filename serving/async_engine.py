@@ -127,7 +127,7 @@ class AsyncEngine:
         """
         self._death = self._death or error
         self._inbox.put(None)
-        _deliver([(mailbox, self._death) for mailbox in list(self._mailboxes.values())])
+        _put_and_ring([(mailbox, self._death) for mailbox in list(self._mailboxes.values())])
         self._refuse_calls(self._death)
 
     def shutdown(self, timeout: float | None = None) -> bool:
@@ -178,7 +178,7 @@ class AsyncEngine:
             if not isinstance(error, EngineDeadError):
                 logger.exception("the engine has failed")
             self._death = self._death or error
-            _deliver([(mailbox, error) for mailbox in self._mailboxes.values()])
+            _put_and_ring([(mailbox, error) for mailbox in self._mailboxes.values()])
             self._mailboxes.clear()
             self._refuse_calls(error)
 
@@ -201,7 +201,7 @@ class AsyncEngine:
             take = self._mailboxes.pop if output.finished else self._mailboxes.get
             if (mailbox := take(output.request_id, None)) is not None:
                 letters.append((mailbox, output))
-        _deliver(letters)
+        _put_and_ring(letters)
 
 
 class _Call:
@@ -271,7 +271,7 @@ class _Mailbox:
             self._arrived.clear()
 
 
-def _deliver(letters: Iterable[tuple[_Mailbox, RequestOutput | BaseException]]) -> None:
+def _put_and_ring(letters: Iterable[tuple[_Mailbox, RequestOutput | BaseException]]) -> None:
     """Put everything into its mailbox, then wake the readers, those of a loop by one call.
 
     Each such call writes to a socket, which hands the interpreter to the loop: one for each of many

@@ -220,9 +220,8 @@ class EngineCore:
         )
         self.proposer.propose(batch, output)
         for part in live:
-            request = part.request
-            if request.matcher is not None and part.samples and not request.status.finished:
-                self._masks.begin(request)
+            if part.samples and not part.request.status.finished:
+                self._masks.begin(part.request)
         return [self._output(group) for group in changed if group.reports]
 
     def abort(self, request_id: str) -> RequestOutput | None:

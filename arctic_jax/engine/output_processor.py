@@ -55,9 +55,9 @@ class RequestGroup:
     def reports(self) -> bool:
         """Whether its user gets the state after this step."""
         if self.kind is RequestOutputKind.FINAL_ONLY:
-            return not self.num_open
+            return self.finished
         # The prompt's log-probabilities come with the first output, so all of them must be there.
-        return not self.members[0].wants_prompt_rows or not self.num_open
+        return not self.members[0].wants_prompt_rows or self.finished
 
 
 class OutputProcessor:
