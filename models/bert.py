@@ -20,6 +20,7 @@ from arctic_jax.errors import UnsupportedModelError
 from arctic_jax.models.layers import parameter
 from arctic_jax.pallas_kernels.add_layer_norm import add_layer_norm
 from arctic_jax.pallas_kernels.gelu import gelu
+from arctic_jax.pallas_kernels.linear_gelu import linear_gelu
 from arctic_jax.pallas_kernels.segment_attention import segment_attention
 from arctic_jax.weights import Rows, Source, Transposed
 
@@ -168,8 +169,14 @@ class EncoderLayer(nnx.Module):
         )
         projected = self.output.product(attended.reshape(tokens, hidden))
         x = self.attention_norm(x, projected, self.output.bias[...])
-        widened = self.activation(self.up(x))
-        return self.mlp_norm(x, self.down.product(widened), self.down.bias[...])
+        return self.mlp_norm(x, self.down.product(self._widened(x)), self.down.bias[...])
+
+    def _widened(self, x: Array) -> Array:
+        """Return `[T, intermediate]`, what the feed-forward has between its two products."""
+        if self.activation is not gelu:
+            return self.activation(self.up(x))
+        weight, bias = self.up.weight[...], self.up.bias[...]
+        return linear_gelu(x, weight, bias, implementation=self.implementation)
 
 
 # Equal layers are traced and lowered once: the program calls one function with other weights.

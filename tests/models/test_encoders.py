@@ -108,7 +108,7 @@ def test_the_kernel_for_hopper_gives_the_same(name: str, tmp_path: Path) -> None
     """In the interpreter: short texts side by side in a wide window, in bfloat16."""
     config = encoder_cases.CASES[name] | {"num_hidden_layers": 1, "max_position_embeddings": 128}
     config |= {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config |= {"head_dim": 32}
+    config |= {"head_dim": 32, "intermediate_size": 128}
     write_checkpoint(tmp_path, config)
     draw = np.random.default_rng(0)
     texts = [draw.integers(0, 90, n).tolist() for n in (1, 70, 30, 64)]
