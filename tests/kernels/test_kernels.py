@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import kernel_checks
 import numpy as np
 import pytest
 
@@ -57,16 +58,8 @@ CASES = tagged("ci")
 def check(operation, case, implementation, poison, seed=1):
     """Run one case and compare it with the formula."""
     function, _, cases = modules(operation)
-    arguments, keywords = cases.inputs(case, seed=seed, poison=poison)
-    call = functools.partial(function, **keywords, implementation=implementation)
-    # A new function object, since what is traced depends on the interpreter being on.
-    output = jax.block_until_ready(jax.jit(lambda *a: call(*a))(*arguments))
-    want = cases.expected(case, arguments, keywords)
-    want = want if isinstance(want, tuple) else (want,)
-    for actual, wanted in zip(cases.comparable(case, output, arguments), want, strict=True):
-        defined = ~np.isnan(wanted)
-        error = np.abs(actual - wanted)[defined] / (1 + np.abs(wanted[defined]))
-        assert error.max(initial=0.0) <= cases.TOLERANCE[case.dtype], f"{error.max()=}"
+    call = functools.partial(function, implementation=implementation)
+    kernel_checks.check(cases, case, call, seed, poison)
 
 
 @pytest.mark.parametrize(("operation", "case"), CASES)
@@ -80,13 +73,12 @@ def test_xla_is_the_formula(operation, case):
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(("operation", "case"), CASES)
 def test_mosaic_body_in_the_interpreter(operation, case, capsys):
-    with dispatch.interpret(detect_races=case.race_detection):
+    with kernel_checks.interpreted(capsys, case.race_detection):
         if unsupported(operation, case):
             with pytest.raises(ValueError, match="mosaic_gpu"):
                 check(operation, case, "mosaic_gpu", poison=np.nan)
         else:
             check(operation, case, "mosaic_gpu", poison=np.nan)
-    assert "RACE DETECTED" not in capsys.readouterr().out  # a race is printed, not raised
 
 
 @pytest.mark.parametrize(("operation", "case"), CASES)
@@ -95,10 +87,8 @@ def test_mosaic_lowers_for_cuda(operation, case, monkeypatch):
     if unsupported(operation, case):
         pytest.skip("goes to XLA")
     function, _, cases = modules(operation)
-    arguments, keywords = cases.inputs(case)
-    call = functools.partial(function, **keywords, implementation="mosaic_gpu")
-    lowered = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    call = functools.partial(function, implementation="mosaic_gpu")
+    kernel_checks.check_lowers(cases, case, call)
 
 
 @pytest.mark.gpu

@@ -4,8 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from kernel_checks import check, check_lowers, interpreted
 
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.linear import cases, linear, mosaic_gpu
@@ -31,24 +31,15 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sizes_do_not_change_the_product(name, capsys):
     case, config = CONFIGS[name]
-    arguments, keywords = cases.inputs(case)
-    with dispatch.interpret(detect_races=True):
-        out = mosaic_gpu.linear(
-            *arguments, None, **keywords, config=config, interpret=dispatch.interpreter()
-        )
-        out = np.asarray(out).astype(np.float64)
-    want = cases.expected(case, arguments, keywords)
-    assert (np.abs(out - want) / (1 + np.abs(want))).max() < cases.TOLERANCE["bfloat16"]
-    assert "RACE DETECTED" not in capsys.readouterr().out
+    with interpreted(capsys) as interpret:
+        call = functools.partial(mosaic_gpu.linear, bias=None, config=config, interpret=interpret)
+        check(cases, case, call)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sizes_lower_for_cuda(name):
     case, config = CONFIGS[name]
-    arguments, keywords = cases.inputs(case)
-    call = functools.partial(mosaic_gpu.linear, bias=None, **keywords, config=config)
-    lowered = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    check_lowers(cases, case, functools.partial(mosaic_gpu.linear, bias=None, config=config))
 
 
 def problem(tokens: int, product: str, model: str = "llama_8b") -> Problem:

@@ -4,10 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from kernel_checks import check, check_lowers, interpreted
 
-from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.pallas_kernels.gelu import gelu
 from arctic_jax.pallas_kernels.linear_gelu import cases, linear_gelu, mosaic_gpu
 from arctic_jax.pallas_kernels.linear_gelu.mosaic_gpu import Config
@@ -28,23 +27,15 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sizes_do_not_change_the_result(name, capsys):
     case, config = CONFIGS[name]
-    arguments, keywords = cases.inputs(case)
-    with dispatch.interpret(detect_races=True):
-        interpret = dispatch.interpreter()
-        out = mosaic_gpu.linear_gelu(*arguments, config=config, interpret=interpret)
-        out = np.asarray(out).astype(np.float64)
-    want = cases.expected(case, arguments, keywords)
-    assert (np.abs(out - want) / (1 + np.abs(want))).max() < cases.TOLERANCE["bfloat16"]
-    assert "RACE DETECTED" not in capsys.readouterr().out
+    with interpreted(capsys) as interpret:
+        call = functools.partial(mosaic_gpu.linear_gelu, config=config, interpret=interpret)
+        check(cases, case, call)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sizes_lower_for_cuda(name):
     case, config = CONFIGS[name]
-    arguments, _ = cases.inputs(case)
-    call = functools.partial(mosaic_gpu.linear_gelu, config=config)
-    lowered = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    check_lowers(cases, case, functools.partial(mosaic_gpu.linear_gelu, config=config))
 
 
 @pytest.mark.parametrize("N", [64, 192, 384, 1536, 3072, 4096])
