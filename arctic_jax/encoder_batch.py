@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -55,7 +56,7 @@ class EncoderBatch:
 
     Attributes:
         token_ids: `[T]`.
-        positions: `[T]`, from 0 in every segment.
+        positions: `[T]`, from 0 in every segment; 0 for padding.
         segment_ids: `[T]`, the row of output that a token belongs to; S for padding.
         first_rows: `[S]`, where each segment begins; 0 for rows that are not used.
         lengths: `[S]`, tokens of each segment; 1 for rows that are not used.
@@ -66,6 +67,13 @@ class EncoderBatch:
     segment_ids: Array
     first_rows: Array
     lengths: Array
+
+    @property
+    def bounds(self) -> Array:
+        """`[2, T]`, where each token's segment begins and ends; padding is a token by itself."""
+        starts = jnp.arange(len(self.positions), dtype=jnp.int32) - self.positions
+        lengths = self.lengths.at[self.segment_ids].get(mode="fill", fill_value=1)
+        return jnp.stack([starts, starts + lengths])
 
 
 def unpack(packed: Array, bucket: EncoderBucket) -> EncoderBatch:

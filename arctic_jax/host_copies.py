@@ -61,5 +61,10 @@ def finish(array: Array) -> np.ndarray:
     return np.frombuffer(data, mine.dtype).reshape(mine.shape).copy()
 
 
+def is_ready(array: Array) -> bool:
+    """Return whether the array has been computed."""
+    return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _is_pinned(array: Array) -> bool:
     return array.sharding.memory_kind == "pinned_host"

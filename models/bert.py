@@ -156,12 +156,12 @@ class EncoderLayer(nnx.Module):
         self.down = Linear(config.intermediate_size, hidden)
         self.mlp_norm = LayerNorm(hidden, config.layer_norm_eps, implementation)
 
-    def __call__(self, x: Array, segment_ids: Array, window: int) -> Array:
+    def __call__(self, x: Array, bounds: Array, window: int) -> Array:
         """`x [T, hidden]` of this layer to that of the next."""
         tokens, hidden = x.shape
         attended = segment_attention(
             self.qkv(x).reshape(tokens, 3 * self.num_heads, hidden // self.num_heads),
-            segment_ids,
+            bounds,
             num_kv_heads=self.num_heads,
             window=window,
             scale=(hidden // self.num_heads) ** -0.5,
@@ -215,8 +215,9 @@ class BertModel(nnx.Module):
         positions = batch.positions + self.config.position_offset
         words, places = self.words[...][batch.token_ids], self.positions[...][positions]
         x = self.norm(words, places, self.types[...][0])  # a text alone is all of the first type
+        bounds = batch.bounds
         for layer in self.layers:
-            x = _run_layer(layer, x, batch.segment_ids, window=window)
+            x = _run_layer(layer, x, bounds, window=window)
         return x
 
     @staticmethod

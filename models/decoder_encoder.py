@@ -102,11 +102,9 @@ class DecoderEncoder(nnx.Module):
         numbers = self.decoder.config
         rope = rotary(numbers.rope, numbers.head_dim, batch.positions)
         x = self.decoder.embed(batch.token_ids, ALONE)
-        delta = jnp.zeros_like(x)
+        delta, bounds = jnp.zeros_like(x), batch.bounds
         for layer in self.decoder.layers:
-            x, delta = _run_layer(
-                layer, x, delta, rope, batch.segment_ids, window, self.implementation
-            )
+            x, delta = _run_layer(layer, x, delta, rope, bounds, window, self.implementation)
         return self.decoder.norm(x + delta)
 
     @classmethod
@@ -143,7 +141,7 @@ def _layer(
     x: Array,
     delta: Array,
     rope: tuple[Array, Array],
-    segment_ids: Array,
+    bounds: Array,
     window: int,
     implementation: str | None,
 ) -> tuple[Array, Array]:
@@ -156,7 +154,7 @@ def _layer(
     q, k = _normed(q, attention.q_norm), _normed(k, attention.k_norm)
     attended = segment_attention(
         jnp.concatenate([rotate(q, *rope), rotate(k, *rope), v], axis=1),
-        segment_ids,
+        bounds,
         num_kv_heads=v.shape[1],
         window=window,
         scale=size**-0.5,

@@ -7,6 +7,7 @@ the device computes the last ones.
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from arctic_jax.models.registry import encoder_class
 from arctic_jax.progress import Report, silent
 
 CHUNK_TEXTS = 1024  # tokenized at once, or fewer:
-CHUNK_CHARACTERS = 100_000  # some 20,000 tokens; the device waits for the first chunk
+CHUNK_CHARACTERS = 100_000  # some 20,000 tokens
+FIRST_CHARACTERS = 12_500  # the device waits for the first chunk; each is twice the one before
 TOKENIZING_THREADS = 2  # while one's ids become lists, another's are found, by threads without GIL
 MAX_IN_FLIGHT = 2  # batches: one computes while the next is staged
 
@@ -132,6 +134,9 @@ class Embedder:
                 done += len(plan.lengths)
                 report("Embedding", done, len(texts))
 
+        def is_idle() -> bool:
+            return all(host_copies.is_ready(vectors) for _, vectors in in_flight)
+
         packer, waiting, encoded = Packer(self.runner.ladder), {}, 0
         for chunk in self._encode(texts, prompt, params.truncate):
             for number, ids in enumerate(chunk, encoded):
@@ -145,7 +150,8 @@ class Embedder:
                 rows[number] = np.nan
                 done += 1
             encoded += len(chunk)
-            while plan := packer.take(rest=encoded == len(texts)):
+            is_last = encoded == len(texts)
+            while plan := packer.take(rest=is_last, idle=is_idle()):
                 in_flight.append((plan, self.launch(plan, waiting)))
                 collect(MAX_IN_FLIGHT)
         collect(0)
@@ -194,11 +200,12 @@ class Embedder:
         def encode(chunk: Sequence[Text]) -> Sequence[Encoded]:
             return self.text_encoder.encode(chunk, prompt, truncate=truncate)
 
-        if len(chunks) == 1:  # nothing to overlap: no hand-over
-            yield encode(chunks[0])
+        first = list(itertools.islice(chunks, 2))
+        if len(first) == 1:  # nothing to overlap: no hand-over
+            yield encode(first[0])
             return
         ahead: collections.deque[Future[Sequence[Encoded]]] = collections.deque()
-        for chunk in chunks:
+        for chunk in itertools.chain(first, chunks):
             ahead.append(self._tokenizing.submit(encode, chunk))
             if len(ahead) > 2 * TOKENIZING_THREADS:
                 yield ahead.popleft().result()
@@ -206,13 +213,14 @@ class Embedder:
             yield job.result()
 
 
-def _chunks(texts: Sequence[Text]) -> list[Sequence[Text]]:
+def _chunks(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
     """Cut texts into what is tokenized at once."""
-    chunks, begin, characters = [], 0, 0
+    begin, characters, most = 0, 0, FIRST_CHARACTERS
     for end, text in enumerate(texts):
         size = len(text) if isinstance(text, str) else 0
-        if end - begin == CHUNK_TEXTS or (end > begin and characters + size > CHUNK_CHARACTERS):
-            chunks.append(texts[begin:end])
-            begin, characters = end, 0
+        if end - begin == CHUNK_TEXTS or (end > begin and characters + size > most):
+            yield texts[begin:end]
+            begin, characters, most = end, 0, min(2 * most, CHUNK_CHARACTERS)
         characters += size
-    return [*chunks, texts[begin:]] if begin < len(texts) else chunks
+    if begin < len(texts):
+        yield texts[begin:]

@@ -18,9 +18,9 @@ FEW_WINDOWS = (64, 128, 256, 512)
 """Of these there are batches of 1, 2, 4, ... windows; of others one, and as many as fill one."""
 ATTENTION_COST = 1e-3
 """Of a token a key of its window, in units of all else that a token costs."""
-FREE_WINDOWS = (64, 128, 256, 512)
-"""Where attention skips the keys of other sequences: a batch is of the widest, a lone sequence of
-any."""
+NARROWEST_FREE = 64
+"""Where attention skips the keys of other sequences a batch is one window: of so many tokens, twice
+as many, ..."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,9 @@ def bucket_ladder(
         skips_other_segments: wide windows cost short sequences nothing, see `segment_attention`.
     """
     if skips_other_segments:
-        widest = -(-max(max_length, FREE_WINDOWS[-1]) // 64) * 64
-        buckets = {EncoderBucket(window, 1) for window in FREE_WINDOWS if window < widest}
-        full = max(1, max_tokens // widest)
-        buckets |= {EncoderBucket(widest, count) for count in (*_doubling(1, full), full)}
-        return tuple(sorted(buckets, key=lambda bucket: bucket.num_tokens))
+        step = NARROWEST_FREE
+        widest = max(max_tokens // step, -(-max_length // step)) * step
+        return tuple(EncoderBucket(n, 1) for n in (*_doubling(step, widest - 1), widest))
     windows = [window for window in WINDOWS if window < max_length]
     windows += [*_doubling(1024, max_length - 1), -(-max_length // 16) * 16]
     buckets = set()
@@ -107,8 +105,12 @@ class Packer:
             self._waiting[length].remove(number)
             self._count(length, -1)
 
-    def take(self, *, rest: bool) -> Plan | None:
-        """Return a full batch if there is one; with `rest` also one that is not full.
+    def take(self, *, rest: bool, idle: bool = False) -> Plan | None:
+        """Return a full batch if there is one.
+
+        Args:
+            rest: nothing comes after what waits: else one that is not full.
+            idle: the device has nothing to do: else the largest short one that can be filled.
 
         Raises:
             ValueError: a sequence is longer than the largest window.
@@ -118,7 +120,15 @@ class Packer:
         bucket = self._best_full_bucket()
         if self._num_tokens >= bucket.num_tokens:
             return self._fill(bucket)
-        return self._smallest(bucket) if rest else None
+        if rest:
+            return self._smallest(bucket)
+        filled = [
+            shorter
+            for shorter in self._ladder
+            if shorter.num_tokens <= self._num_tokens and shorter.window >= self._lengths[-1]
+        ]
+        largest = max(filled, key=lambda shorter: shorter.num_tokens, default=None)
+        return self._fill(largest) if idle and largest else None
 
     def _best_full_bucket(self) -> EncoderBucket:
         """Return the full batch with the least cost a token, were all as long as the longest."""

@@ -18,7 +18,9 @@ from arctic_jax import host_copies
 from arctic_jax.encoder_batch import EncoderBucket
 
 SHARES = (16, 4, 1)
-"""There are programs that copy 1/16, 1/4 and all of a batch's rows."""
+"""Of a batch's rows there are programs that copy 1/16, 1/4 and all."""
+SHORT = 512
+"""Tokens of a batch for whose rows somebody waits."""
 
 
 class RowCopies:
@@ -48,19 +50,19 @@ class RowCopies:
 
 
 def _sizes(bucket: EncoderBucket) -> list[int]:
-    """Return how many rows programs copy, the fewest first; of a lone window's few always all."""
-    shares = (1,) if bucket.num_windows == 1 else SHARES
+    """Return how many rows programs copy, the fewest first; of a short batch's few always all."""
+    shares = (1,) if bucket.num_tokens <= SHORT else SHARES
     return sorted({-(-bucket.max_segments // share) for share in shares})
 
 
 def _program(bucket: EncoderBucket, rows: int, mesh: Mesh, dimension: int) -> Compiled:
     """Return the program that copies so many rows.
 
-    Those of a lone window go into the host's memory as a part of the program: a transfer that the
+    Those of a short batch go into the host's memory as a part of the program: a transfer that the
     runtime starts afterwards comes 0.4 to 1 ms later (benchmarks/results/h200/pinned_output.json).
     Others have time, and are transferred while the device computes the next batch.
     """
     device = NamedSharding(mesh, PartitionSpec())
-    there = device.with_memory_kind("pinned_host") if bucket.num_windows == 1 else device
+    there = device.with_memory_kind("pinned_host") if bucket.num_tokens <= SHORT else device
     vectors = jax.ShapeDtypeStruct((bucket.max_segments, dimension), jnp.float32, sharding=device)
     return jax.jit(lambda v: jnp.copy(v[:rows]), out_shardings=there).lower(vectors).compile()

@@ -52,13 +52,15 @@ def linear(
         raise ValueError(f"{weight.shape=} is not [shards, 2, F, K]")
     arguments = x, weight, bias, gated, inputs_first
     reason = mosaic_gpu_unsupported(*arguments)
-    preferred = "mosaic_gpu" if not reason and measured_faster(x, weight, gated) else "xla"
+    one = _takes_one_token(x, weight, bias, inputs_first)
+    faster = one_measured_faster(weight) if one else measured_faster(x, weight, gated)
+    preferred = "mosaic_gpu" if faster and not reason else "xla"
     chosen = dispatch.resolve("linear", implementation, preferred)
     if chosen == "xla":
         return reference.linear(*arguments)
     if reason:
         raise ValueError(f"linear: implementation='mosaic_gpu' cannot do this: {reason}")
-    if _takes_one_token(x, weight, bias, inputs_first):
+    if one:
         return mosaic_gpu_one_token.linear_of_one(x, weight, interpret=dispatch.interpreter())
     return mosaic_gpu.linear(*arguments, interpret=dispatch.interpreter())
 
@@ -68,11 +70,19 @@ def measured_faster(x: Array, weight: Array, gated: bool) -> bool:
 
     It was in the products of Llama-3.1-8B, whole and in two and four parts, and of Qwen3-0.6B with
     16 to 128 tokens (up to 18 % less time), but not in a SwiGLU pair with 128, nor in the smallest
-    of them; with 8 tokens it was as fast. Nothing else has been measured: not the kernel for one
-    token, either.
+    of them; with 8 tokens it was as fast. Nothing else has been measured.
     """
     nbytes = math.prod(weight.shape) * weight.dtype.itemsize
     return 8 < x.shape[0] <= (64 if gated else 128) and nbytes >= 6 * 2**20
+
+
+def one_measured_faster(weight: Array) -> bool:
+    """Return whether one token times `weight [K, N]` was measured faster by `"mosaic_gpu"`.
+
+    It was up to 2^23 numbers, of which XLA writes all products to memory before it adds them up
+    (1.6 to 4 times as fast); with more, XLA does that in one kernel, and is faster.
+    """
+    return math.prod(weight.shape) <= 2**23
 
 
 def mosaic_gpu_unsupported(

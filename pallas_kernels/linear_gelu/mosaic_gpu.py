@@ -91,15 +91,30 @@ class Config:
         return 2 * (slots + CONSUMERS * self.pieces * PIECE * PIECE) + BARRIER_BYTES
 
 
-def choose_config(N: int) -> Config | None:
-    """Return the sizes for `N` outputs, or `None` if there are none.
+CONFIGS = (
+    Config(128, 192, 4, "tokens"),
+    Config(192, 128, 5, "tokens", pieces=1),
+    Config(128, 192, 4, "weight"),
+    Config(192, 128, 4, "weight"),
+    Config(128, 64, 6, "weight"),
+    Config(64, 64, 8, pieces=1),
+)
+"""Those with large tiles first, side by side in a cluster if two divide the outputs: so it was
+fastest on an H200 (benchmarks/results/h200/tune_linear_gelu.json)."""
 
-    The largest tiles that divide them, of which those of two thread blocks share the weight.
+
+def choose_config(T: int, N: int) -> Config | None:
+    """Return the sizes for `T` tokens and `N` outputs, or `None` if there are none.
+
+    The first that divide the outputs and occupy the chip; if none do, the smallest tiles.
     """
-    for rows, outputs, stages in ((128, 192, 4), (192, 128, 4), (128, 64, 6)):
-        if N % outputs == 0:
-            return Config(rows, outputs, stages, "weight")
-    return None
+    divided = [config for config in CONFIGS if N % (config.outputs * config.across) == 0]
+
+    def tiles(config: Config) -> int:
+        return pl.cdiv(T, config.rows) * (N // config.outputs)
+
+    full = (config for config in divided if tiles(config) >= 0.9 * SMS)
+    return next(full, divided[-1] if divided else None)
 
 
 def unsupported(
@@ -115,7 +130,7 @@ def unsupported(
         return f"{K} inputs are not a multiple of {DEPTH}"
     if not x.shape[0]:
         return "there are no tokens"
-    return None if N and choose_config(N) else f"{N} outputs are not a multiple of {PIECE}"
+    return None if N and N % PIECE == 0 else f"{N} outputs are not a multiple of {PIECE}"
 
 
 # Traced once for all the layers of a model that call it with the same shapes.
@@ -134,7 +149,7 @@ def linear_gelu(
     """
     (T, K), N = x.shape, weight.shape[1]
     if config is None:
-        config = choose_config(N)
+        config = choose_config(T, N)
         if config and interpret:  # few, so that they have several tiles there, too
             config = dataclasses.replace(config, blocks=2)
     if config is None or N % (config.outputs * config.across) or K % DEPTH:

@@ -43,18 +43,18 @@ class Config:
             raise ValueError(f"{self.stages=} must be at least 1")
 
 
-def unsupported(qkv: jax.ShapeDtypeStruct, window: int) -> str | None:
+def unsupported(qkv: jax.ShapeDtypeStruct) -> str | None:
     """Return why this kernel does not take the arguments, or `None` if it does."""
     if qkv.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{qkv.dtype} is not a 16-bit float"
     if qkv.shape[2] not in (32, 64, 128):
         return f"head_dim {qkv.shape[2]} is not 32, 64 or 128"
-    if window % ROWS:
-        return f"{window=} is not a multiple of {ROWS}"
+    if qkv.shape[0] % ROWS:
+        return f"{qkv.shape[0]} tokens are not a multiple of {ROWS}"
     return None
 
 
-def stretches(segment_ids: Array, window: int, causal: bool, tile: int) -> tuple[Array, Array]:
+def stretches(bounds: Array, causal: bool, tile: int) -> tuple[Array, Array]:
     """Say which keys are seen.
 
     Returns:
@@ -62,13 +62,8 @@ def stretches(segment_ids: Array, window: int, causal: bool, tile: int) -> tuple
         tokens `[4, T / 64]`: the key at which their steps begin, how many there are, and from
         which to which one all of the tokens see all of the keys. int32.
     """
-    T = len(segment_ids)
-    ids = segment_ids.reshape(-1, window)
-    same = ids[:, :, None] == ids[:, None, :]
-    top = jnp.arange(T, dtype=jnp.int32) // window * window
-    within = jnp.arange(window, dtype=jnp.int32)
-    starts = top + jnp.where(same, within, window).min(-1).reshape(T)
-    stops = top + jnp.where(same, within + 1, 0).max(-1).reshape(T)
+    T = bounds.shape[1]
+    starts, stops = bounds
     if causal:
         stops = jnp.arange(1, T + 1, dtype=jnp.int32)
     first, last = starts.reshape(-1, ROWS), stops.reshape(-1, ROWS)
@@ -83,13 +78,12 @@ def stretches(segment_ids: Array, window: int, causal: bool, tile: int) -> tuple
 
 # Traced once for all the layers of a model that call it with the same shapes.
 @functools.partial(
-    jax.jit, static_argnames=("num_kv_heads", "window", "scale", "causal", "config", "interpret")
+    jax.jit, static_argnames=("num_kv_heads", "scale", "causal", "config", "interpret")
 )
 def segment_attention(
     qkv: Array,
-    segment_ids: Array,
+    bounds: Array,
     num_kv_heads: int,
-    window: int,
     scale: float,
     causal: bool,
     config: Config | None = None,
@@ -99,9 +93,9 @@ def segment_attention(
     T, heads, D = qkv.shape
     H = heads - 2 * num_kv_heads
     config = config or Config()
-    if window % config.tile:
-        raise ValueError(f"{window=} is not a multiple of {config.tile=}")
-    seen, work = stretches(segment_ids, window, causal, config.tile)
+    if T % config.tile:
+        raise ValueError(f"{T=} is not a multiple of {config.tile=}")
+    seen, work = stretches(bounds, causal, config.tile)
     swizzle = min(128, D * qkv.dtype.itemsize)
     swizzled = (
         plgpu.TilingTransform((8, swizzle // qkv.dtype.itemsize)),

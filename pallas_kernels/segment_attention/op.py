@@ -14,7 +14,7 @@ PREFERRED = "mosaic_gpu"
 
 def segment_attention(
     qkv: Float[Array, "T H+2*K D"],
-    segment_ids: Int[Array, " T"],
+    bounds: Int[Array, "2 T"],
     *,
     num_kv_heads: int,
     window: int,
@@ -25,14 +25,15 @@ def segment_attention(
     """Softmax attention of every token to the tokens of its own segment.
 
     Sequences lie one after another in a flat batch. None crosses a multiple of `window`, so that
-    attention is `T / window` blocks on the diagonal, whatever lies in them.
+    attention is `T / window` blocks on the diagonal, whatever lies in them. `"mosaic_gpu"` looks
+    at no more than the segments: a window may be the whole batch.
 
     Args:
         qkv: what one projection yields for a token: its H queries, K keys and K values. H is a
             multiple of K, and head h reads the keys of head h // (H / K). All of it is finite, that
             of padding included: a weight of 0 does not silence what is not.
-        segment_ids: equal for the tokens of a segment, different for different segments within a
-            window. Padding is a segment like any other.
+        bounds: of each token's segment, its first token and the one after its last. What is
+            padding best belongs to short segments, of a token each.
         num_kv_heads: K.
         window: static; T is a multiple of it.
         scale: factor on the scores.
@@ -46,35 +47,29 @@ def segment_attention(
         raise ValueError(f"{qkv.shape=} and {num_kv_heads=} do not fit")
     if qkv.shape[1] % num_kv_heads:
         raise ValueError(f"{qkv.shape[1]} heads are no multiple of {num_kv_heads=}")
-    if segment_ids.shape != qkv.shape[:1] or window < 1 or qkv.shape[0] % window:
-        raise ValueError(f"{segment_ids.shape=} and {window=} do not fit {qkv.shape=}")
-    reason = mosaic_gpu_unsupported(qkv, segment_ids, window=window)
+    if bounds.shape != (2, qkv.shape[0]) or window < 1 or qkv.shape[0] % window:
+        raise ValueError(f"{bounds.shape=} and {window=} do not fit {qkv.shape=}")
+    reason = mosaic_gpu_unsupported(qkv, bounds)
     chosen = dispatch.resolve("segment_attention", implementation, "xla" if reason else PREFERRED)
     if chosen == "xla":
-        return reference.segment_attention(qkv, segment_ids, num_kv_heads, window, scale, causal)
+        return reference.segment_attention(qkv, bounds, num_kv_heads, window, scale, causal)
     if reason:
         raise ValueError(f"segment_attention: implementation={chosen!r} cannot do this: {reason}")
     return mosaic_gpu.segment_attention(
-        qkv,
-        segment_ids,
-        num_kv_heads,
-        window,
-        scale,
-        causal,
-        interpret=dispatch.interpreter(),
+        qkv, bounds, num_kv_heads, scale, causal, interpret=dispatch.interpreter()
     )
 
 
-def mosaic_gpu_unsupported(qkv: Array, *_: Array, window: int, **__: object) -> str | None:
+def mosaic_gpu_unsupported(qkv: Array, *_: Array, **__: object) -> str | None:
     """Return why `"mosaic_gpu"` does not take these arguments of `segment_attention`, or `None`.
 
     Only shapes and dtypes are looked at.
     """
-    return mosaic_gpu.unsupported(qkv, window)
+    return mosaic_gpu.unsupported(qkv)
 
 
 def skips_other_segments(dtype: DTypeLike, head_dim: int, implementation: str | None) -> bool:
-    """Return whether short segments cost little in a wide window, one of a multiple of 64.
+    """Return whether short segments cost little in a wide window, of a multiple of 64 tokens.
 
     If not, scores of a whole window are computed, whatever lies in it.
 
@@ -87,6 +82,6 @@ def skips_other_segments(dtype: DTypeLike, head_dim: int, implementation: str | 
         ValueError: the implementation is unknown or cannot run here.
     """
     qkv = jax.ShapeDtypeStruct((mosaic_gpu.ROWS, 3, head_dim), dtype)
-    reason = mosaic_gpu.unsupported(qkv, mosaic_gpu.ROWS)
+    reason = mosaic_gpu.unsupported(qkv)
     preferred = "xla" if reason else PREFERRED
     return dispatch.resolve("segment_attention", implementation, preferred) == "mosaic_gpu"

@@ -9,7 +9,7 @@ from jax import Array
 
 
 def segment_attention(
-    qkv: Array, segment_ids: Array, num_kv_heads: int, window: int, scale: float, causal: bool
+    qkv: Array, bounds: Array, num_kv_heads: int, window: int, scale: float, causal: bool
 ) -> Array:
     """See `op.segment_attention`."""
     heads = qkv.shape[1] - 2 * num_kv_heads
@@ -19,9 +19,9 @@ def segment_attention(
         k, v = (jnp.repeat(x, heads // num_kv_heads, axis=1) for x in (k, v))
     windows = (tokens // window, window, heads, head_dim)
     q, k, v = (x.reshape(windows) for x in (q, k, v))
-    ids = segment_ids.reshape(windows[:2])
+    starts = bounds[0].reshape(windows[:2])
     scores = jnp.einsum("wqhd,wkhd->whqk", q, k, preferred_element_type=jnp.float32) * scale
-    seen = ids[:, :, None] == ids[:, None, :]
+    seen = starts[:, :, None] == starts[:, None, :]
     if causal:
         seen &= jnp.tri(window, dtype=bool)
     scores = jnp.where(seen[:, None], scores, -jnp.inf)  # a token sees itself: no row is empty

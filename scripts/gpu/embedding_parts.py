@@ -152,32 +152,31 @@ def attentions(T: int) -> list[Part]:
     for length, windows in ((50, (64, 512)), (512, (512,))):
         for window in windows:
             count = window // length
-            row = np.minimum(np.arange(window) // length, count)
-            ids = jnp.asarray(np.tile(row, T // window), jnp.int32)
+            place = np.arange(T, dtype=np.int32)
+            starts = np.where(
+                place % window < count * length, place - place % window % length, place
+            )
+            stops = np.where(place % window < count * length, starts + length, place + 1)
+            bounds = jnp.asarray([starts, stops])
             flops = 4.0 * T // window * count * length**2 * HIDDEN
             name = f"attention: {length} in {window}"
-            options = {"num_kv_heads": HEADS, "window": window, "scale": SIZE**-0.5}
-            xla = functools.partial(reference.segment_attention, **options, causal=False)
-            parts.append((f"{name}, xla", xla, (qkv, ids), moved, flops))
+            options = {"num_kv_heads": HEADS, "scale": SIZE**-0.5, "causal": False}
+            xla = functools.partial(reference.segment_attention, **options, window=window)
+            parts.append((f"{name}, xla", xla, (qkv, bounds), moved, flops))
             for tile in (64, 128):
                 for stages in (1, 2, 3):
-                    if window % tile:
-                        continue
+                    config = mosaic_gpu.Config(tile, stages)
                     kernel = functools.partial(
-                        mosaic_gpu.segment_attention,
-                        **options,
-                        causal=False,
-                        config=mosaic_gpu.Config(tile, stages),
+                        mosaic_gpu.segment_attention, **options, config=config
                     )
-                    parts.append(
-                        (f"{name}, tile {tile}, {stages} stages", kernel, (qkv, ids), moved, flops)
-                    )
+                    sizes = f"tile {tile}, {stages} stages"
+                    parts.append((f"{name}, {sizes}", kernel, (qkv, bounds), moved, flops))
 
-            def cudnn(qkv: Array, ids: Array, window: int = window) -> Array:
+            def cudnn(qkv: Array, bounds: Array, window: int = window) -> Array:
                 q, k, v = (x.reshape(-1, window, HEADS, SIZE) for x in jnp.split(qkv, 3, axis=1))
                 return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
-            parts.append((f"{name}, cuDNN without mask", cudnn, (qkv, ids), moved, flops))
+            parts.append((f"{name}, cuDNN without mask", cudnn, (qkv, bounds), moved, flops))
     return parts
 
 

@@ -143,11 +143,12 @@ def test_the_limit_of_the_model_and_of_the_user(tmp_path: Path) -> None:
 
 def test_chunks_are_short_and_hold_every_text() -> None:
     texts = ["x" * (n % 300) for n in range(5000)] + ["y" * 500_000, [1] * 9, "z"]
-    chunks = _chunks(texts)
+    chunks = list(_chunks(texts))
     assert [text for chunk in chunks for text in chunk] == texts
     assert all(len(chunk) <= 1024 for chunk in chunks)
     assert all(len(chunk) == 1 or sum(map(len, chunk)) <= 100_009 for chunk in chunks)
-    assert _chunks([]) == []
+    assert [sum(map(len, chunk)) > 12_500 for chunk in chunks[:3]] == [False, True, True]
+    assert list(_chunks([])) == []
 
 
 def test_token_ids_are_texts_too(embedder: Embedder) -> None:

@@ -55,6 +55,21 @@ def test_only_full_batches_without_the_rest(lengths: list[int]) -> None:
     assert left < 1024
 
 
+def test_an_idle_device_gets_the_largest_batch_that_can_be_filled() -> None:
+    packer = Packer(bucket_ladder(4096, 512, skips_other_segments=True))
+    packer.add(enumerate([50] * 30))
+    assert packer.take(rest=False) is None
+    plan = packer.take(rest=False, idle=True)
+    assert plan is not None
+    assert plan.bucket == EncoderBucket(1024, 1)
+    assert len(plan.lengths) == 20
+    left = packer.take(rest=False, idle=True)  # of ten
+    assert left is not None
+    assert left.bucket == EncoderBucket(256, 1)
+    packer.add([(30, 257)])
+    assert packer.take(rest=False, idle=True) is None  # 257 + 5 * 50 tokens do not fill 512
+
+
 def share_of_padding(lengths: Sequence[int]) -> float:
     return 1 - sum(lengths) / sum(plan.bucket.num_tokens for plan in plans_of(lengths))
 
@@ -102,12 +117,24 @@ def test_wide_windows_hold_every_text(lengths: list[int]) -> None:
     assert {n for plan in plans for n in plan.lengths} == set(range(len(lengths)))
 
 
-@pytest.mark.parametrize(("max_length", "widest"), [(40, 512), (512, 512), (1000, 1024)])
-def test_wide_windows_are_few_and_multiples_of_64(max_length: int, widest: int) -> None:
-    ladder = bucket_ladder(32768, max_length, skips_other_segments=True)
-    assert len(ladder) <= 11
+@pytest.mark.parametrize(
+    ("max_tokens", "max_length", "widest"),
+    [(32768, 512, 32768), (32768, 40, 32768), (40_001, 512, 40_000), (1024, 1025, 1088)],
+)
+def test_wide_windows_are_few_and_multiples_of_64(
+    max_tokens: int, max_length: int, widest: int
+) -> None:
+    ladder = bucket_ladder(max_tokens, max_length, skips_other_segments=True)
     assert all(bucket.window % 64 == 0 for bucket in ladder)
-    assert max(ladder) == EncoderBucket(widest, 32768 // widest)
+    assert ladder[-1] == EncoderBucket(widest, 1)
+    assert ladder[0] == EncoderBucket(64, 1)
+    assert len(ladder) <= 11
+
+
+def test_wide_windows_leave_hardly_any_padding() -> None:
+    plans = plans_of([50] * 2000, ladder=bucket_ladder(32768, 512, skips_other_segments=True))
+    assert len(plans) > 1
+    assert all(sum(plan.lengths.values()) > 0.99 * plan.bucket.num_tokens for plan in plans[:-1])
 
 
 @pytest.mark.parametrize("max_length", [40, 256, 512, 8192])

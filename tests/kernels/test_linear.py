@@ -100,6 +100,25 @@ def test_kernel_is_chosen_where_it_was_measured_faster(tokens, shape, kernel):
     assert ("mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()) == kernel
 
 
+# benchmarks/results/h200/suite/kernels_linear.json
+@pytest.mark.parametrize(
+    ("product", "model", "kernel"),
+    [
+        ("down", "qwen3_06b", True),
+        ("output", "smollm2_135m", True),
+        ("output", "llama_8b_tp2", True),
+        ("output", "llama_8b", False),
+        ("down", "llama_8b_tp4", False),
+    ],
+)
+def test_kernel_for_one_token_is_chosen_where_it_was_measured_faster(product, model, kernel):
+    case = cases.Case("", 1, **cases.LAYERS[model][product])
+    x, weight = jax.eval_shape(lambda: cases.inputs(case)[0])
+    with dispatch.lowering_for_hopper():
+        traced = jax.jit(lambda *arguments: linear(*arguments, inputs_first=True)).trace(x, weight)
+    assert ("mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()) == kernel
+
+
 def test_sizes_that_do_not_fit_are_refused():
     sizes = problem(120, "gate_up")
     for config, reason in (

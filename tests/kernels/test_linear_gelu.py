@@ -39,10 +39,26 @@ def test_sizes_lower_for_cuda(name):
 
 
 @pytest.mark.parametrize("N", [64, 192, 384, 1536, 3072, 4096])
-def test_outputs_of_encoders_have_sizes(N):
-    config = mosaic_gpu.choose_config(N)
+@pytest.mark.parametrize("T", [1, 64, 500, 32768])
+def test_outputs_of_encoders_have_sizes(T, N):
+    config = mosaic_gpu.choose_config(T, N)
     assert config is not None
-    assert N % config.outputs == 0
+    assert N % (config.outputs * config.across) == 0
+    assert config.rows == 64 or T > 64
+
+
+# benchmarks/results/h200/tune_linear_gelu.json
+@pytest.mark.parametrize(
+    ("T", "N", "fast"),
+    [
+        (32768, 3072, Config(128, 192, 4, "tokens")),
+        (4096, 3072, Config(128, 192, 4, "tokens")),
+        (32768, 1536, Config(128, 192, 4, "tokens")),
+        (32768, 4096, Config(192, 128, 5, "tokens", pieces=1)),
+    ],
+)
+def test_sizes_are_those_measured_fast(T, N, fast):
+    assert mosaic_gpu.choose_config(T, N) == fast
 
 
 @pytest.mark.parametrize(
