@@ -90,6 +90,11 @@ CASES = (
     Case("verify_llama_8b", *LLAMA_8B_TP4, [(4, 200), (2, 66), (0, 0), (1, 1)], padding_rows=3),
     Case("verify_smollm2", *SMOLLM2_135M, [(3, 65), (1, 90)], race_detection=True),
     Case("verify_window", *LLAMA_70B_TP8, [(5, 150)], sliding_window=3),
+    Case("verify_parts", *LLAMA_70B_TP8, [(16, 130), (8, 66), (0, 0), (9, 9)], padding_rows=3),
+    Case("verify_parts_window", *LLAMA_70B_TP8, [(10, 150)], sliding_window=3),
+    Case(
+        "splits_verify_parts", *LLAMA_8B_TP4, [(17, 500)], max_model_len=1024, race_detection=True
+    ),
     # The verification of drafts that are trees.
     Case("tree_llama_8b", *LLAMA_8B_TP4, [(8, 130), (4, 66), (0, 0), (1, 1)], drafts=TREES),
     Case("tree_smollm2", *SMOLLM2_135M, [(5, 66)], drafts=((-1, 0, 0, -1),), race_detection=True),
@@ -100,6 +105,7 @@ CASES = (
         sliding_window=33,
         drafts=(LONG_TREE, (-1,)),
     ),
+    Case("tree_parts", *LLAMA_8B_TP4, [(32, 120), (8, 70)], drafts=(LONG_TREE, TREES[0])),
     Case("splits_tree", *(4, 1, 64), [(8, 300), (1, 9)], max_model_len=1024, drafts=TREES[:1]),
     Case(
         "tree_narrowed",
@@ -170,6 +176,8 @@ CASES = (
     Case("verify_llama_8b_k3", *LLAMA_8B, [(4, 2048)] * 64, tags="bench"),
     Case("verify_llama_8b_k7", *LLAMA_8B, [(8, 2048)] * 64, tags="bench"),
     Case("tree_llama_8b_k7", *LLAMA_8B, [(8, 2048)] * 64, tags="bench", drafts=TREES[:1] * 64),
+    Case("verify_llama_8b_b1_k16", *LLAMA_8B, [(17, 1024)], tags="bench"),
+    Case("verify_qwen3_32b_k15", *QWEN3_32B, [(16, 2048)] * 16, tags="bench"),
     Case("prefill_llama_8b_8k", *LLAMA_8B, [(8192, 8192)], tags="bench"),
     Case("prefill_llama_8b_1k", *LLAMA_8B, [(1024, 1024)] + [(0, 0)] * 255, tags="bench"),
     Case("prefill_llama_8b_8x1k", *LLAMA_8B, [(1024, 1024)] * 8 + [(0, 0)] * 248, tags="bench"),

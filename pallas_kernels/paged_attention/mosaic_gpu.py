@@ -5,6 +5,10 @@ split of the context: it brings tiles of keys and values in by TMA, one copy a b
 and keeps a running softmax over them for the query rows of its head group. The rows are padded to
 the 64 that a wgmma has; the tensor cores have time for that while the memory system is the limit.
 
+More queries than rows (the verification of long drafts, many query heads a key/value head) go to
+several thread blocks, as if each part were a sequence of its own that ends with it: which reads
+keys and values again, but from the L2 cache, since the parts run at once.
+
 Where a context is split, a second launch merges the results. Thread blocks that merge among
 themselves would have to be one cluster, which was slower (it leaves multiprocessors idle), or count
 their arrivals in memory that someone has to clear.
@@ -28,6 +32,7 @@ from arctic_jax.pallas_kernels.paged_cache import all_blocks
 ROWS = 64  # query rows of a thread block, the M of one wgmma
 SMEM_BYTES = 227 * 1024  # what one thread block may have
 SMS = 132
+MAX_PARTS = 2  # of a sequence's queries
 MAX_SPLITS = 64  # the merge of a row keeps them all in flight
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row without any key yields 0 and not NaN
@@ -85,6 +90,27 @@ def splits_of(seq_lens: Array, KV: int, sliding_window: int | None, config: Conf
     return jnp.clip(splits, 1, config.splits).astype(jnp.int32)
 
 
+def takes(max_query_len: int, group: int) -> bool:
+    """Return whether sequences have few enough queries for `decode`, `group` heads each."""
+    return pl.cdiv(max_query_len, ROWS // group) <= MAX_PARTS
+
+
+def in_parts(
+    query_start_loc: Array, seq_lens: Array, parts: int, part_len: int
+) -> tuple[Array, Array]:
+    """Cut each sequence's queries into parts, and let each be a sequence that ends with it.
+
+    Returns:
+        `query_start_loc [S * parts + 1]` and `seq_lens [S * parts]`, 0 for a part without queries.
+    """
+    starts, counts = query_start_loc[:-1, None], jnp.diff(query_start_loc)[:, None]
+    begins, ends = (
+        jnp.minimum(part_len * jnp.arange(first, first + parts), counts) for first in (0, 1)
+    )
+    lengths = jnp.where(begins < ends, seq_lens[:, None] - counts + ends, 0)
+    return jnp.append(starts + begins, query_start_loc[-1]), lengths.reshape(-1)
+
+
 def unsupported(q: jax.ShapeDtypeStruct, k_cache: jax.ShapeDtypeStruct) -> str | None:
     """Return why neither this kernel nor the prefill kernel takes the shapes, or `None`."""
     H, D = q.shape[1:]
@@ -130,7 +156,7 @@ def decode(
     config: Config | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
-    """See `op.paged_attention`; `max_query_len * H / KV` is at most 64.
+    """See `op.paged_attention`, for what it `takes`.
 
     With `into [T, H, D]`, sequences have one query each, and its row is where `query_start_loc`
     says. Their results are written into that array, all other rows of which stay as they are.
@@ -141,6 +167,12 @@ def decode(
     G, Q = H // KV, max_query_len
     config = config or choose_config(S, KV, D, B, block_size)
     splits = config.splits
+    if Q * G > ROWS:
+        Q = ROWS // G
+        parts = pl.cdiv(max_query_len, Q)
+        query_start_loc, seq_lens = in_parts(query_start_loc, seq_lens, parts, Q)
+        block_tables = jnp.repeat(block_tables, parts, axis=0)
+        S = S * parts
 
     # The query rows of a head group start at a multiple of 8 rows or lie within 8: TMA tiles.
     if Q == 1 and H % 8 == 0 and (G % 8 == 0 or 8 % G == 0):

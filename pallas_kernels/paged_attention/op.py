@@ -88,7 +88,7 @@ def paged_attention(
         return reference.paged_attention(*arrays, **options)
     if reason:
         raise ValueError(f"paged_attention: implementation='mosaic_gpu' cannot do this: {reason}")
-    few = max_query_len * (H // KV) <= mosaic_gpu.ROWS
+    few = mosaic_gpu.takes(max_query_len, H // KV)
     kernel = mosaic_gpu.decode if few else mosaic_gpu_prefill.mixed
     return kernel(*arrays, **options, interpret=dispatch.interpreter())
 
