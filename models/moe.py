@@ -7,6 +7,7 @@ alone, whatever the other rows of the step hold, padding included.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,12 @@ from jax import Array, lax
 
 from arctic_jax.config import MoEConfig
 from arctic_jax.models.layers import RMSNorm, parameter
+from arctic_jax.pallas_kernels.expert_dot import expert_dot
 from arctic_jax.pallas_kernels.ragged_dot import ragged_dot
 from arctic_jax.shift_parallel import MeshLayout
+
+MOST_UNSORTED = 64
+"""Rows, one for each token and expert, that are not sorted: most have an expert of their own."""
 
 
 class MoE(nnx.Module):
@@ -50,6 +55,7 @@ class MoE(nnx.Module):
         experts, size = config.num_experts, config.intermediate_size
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.most_unsorted = min(MOST_UNSORTED, experts)
         self.implementation = implementation
         self.router = parameter(experts, hidden_size)
         self.gate_up = parameter(experts, 2 * size, hidden_size, axis="experts")
@@ -64,21 +70,33 @@ class MoE(nnx.Module):
         here = self.gate_up.shape[0]
         experts = experts - layout.expert_shard() * here
         mine = (experts >= 0) & (experts < here)
-        # One row for each token and expert, sorted by expert; those of other devices come last,
-        # belong to no group and so take part in no product.
-        experts = jnp.where(mine, experts, here).reshape(-1)
-        order = jnp.argsort(experts)
-        sizes = jnp.sum(experts[:, None] == jnp.arange(here), axis=0, dtype=jnp.int32)
-        rows = normed[order // self.top_k]
-        product = functools.partial(
-            ragged_dot, group_sizes=sizes, implementation=self.implementation
-        )
-        gate, up = jnp.split(product(rows, self.gate_up[...]), 2, axis=1)
-        rows = product(jax.nn.silu(gate) * up, self.down[...])
-        # Back by a gather, not by a scattered sum: its order, and so its rounding, would vary.
-        rows = rows[jnp.argsort(order)].reshape(*mine.shape, -1)
-        out = jnp.where(mine[..., None], rows, 0) * weights[..., None]
+        if experts.size <= self.most_unsorted:
+            rows = jnp.repeat(normed, self.top_k, axis=0)
+            rows = self._feed(functools.partial(expert_dot, experts=experts.reshape(-1)), rows)
+        else:
+            rows = self._feed_sorted(normed, jnp.where(mine, experts, here).reshape(-1))
+        out = jnp.where(mine[..., None], rows.reshape(*mine.shape, -1), 0) * weights[..., None]
         return x, layout.reduce(out.sum(axis=1).astype(x.dtype))
+
+    def _feed(self, product: Callable[..., Array], rows: Array) -> Array:
+        """Return what the experts that `product` knows of make of the rows."""
+        product = functools.partial(product, implementation=self.implementation)
+        gate, up = jnp.split(product(rows, self.gate_up[...]), 2, axis=1)
+        return product(jax.nn.silu(gate) * up, self.down[...])
+
+    def _feed_sorted(self, x: Array, experts: Array) -> Array:
+        """Return what `experts [T * k]` make of `x [T, hidden]`, k rows a token.
+
+        One row for each token and expert is sorted by expert. Those of other devices come last,
+        belong to no group and so take part in no product.
+        """
+        order = jnp.argsort(experts)
+        here = jnp.arange(self.gate_up.shape[0])
+        sizes = jnp.sum(experts[:, None] == here, axis=0, dtype=jnp.int32)
+        rows = x[order // self.top_k]
+        rows = self._feed(functools.partial(ragged_dot, group_sizes=sizes), rows)
+        # Back by a gather, not by a scattered sum: its order, and so its rounding, would vary.
+        return rows[jnp.argsort(order)]
 
     def route(self, x: Array) -> tuple[Array, Array]:
         """`x [T, hidden]` to the weights (float32) and indices of its experts, `[T, k]`.

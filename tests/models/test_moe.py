@@ -17,6 +17,7 @@ from arctic_jax.models.layers import RMSNorm, named_parameters
 from arctic_jax.models.moe import MoE
 from arctic_jax.models.qwen3_moe import Qwen3MoeForCausalLM
 from arctic_jax.pallas_kernels import dispatch
+from arctic_jax.pallas_kernels.expert_dot import expert_dot
 from arctic_jax.pallas_kernels.ragged_dot import reference
 from arctic_jax.shift_parallel import MeshLayout, make_mesh, shift, ulysses
 
@@ -97,9 +98,10 @@ def expected(layer: MoE, x: np.ndarray, experts: np.ndarray | None = None) -> np
     return out
 
 
+@pytest.mark.parametrize("count", [40, 4])  # sorted by expert, and too few for that
 @pytest.mark.parametrize(("layout", "mesh"), LAYOUTS)
-def test_the_formula_on_any_mesh(layout: MeshLayout, mesh: tuple[int, int]) -> None:
-    layer, x = make_layer(), make_tokens(40)
+def test_the_formula_on_any_mesh(layout: MeshLayout, mesh: tuple[int, int], count: int) -> None:
+    layer, x = make_layer(), make_tokens(count)
     np.testing.assert_allclose(run(layer, x, layout, *mesh), expected(layer, x), atol=1e-5)
 
 
@@ -155,14 +157,21 @@ def test_products_of_no_group_may_be_anything(monkeypatch: pytest.MonkeyPatch) -
         out = reference.ragged_dot(jnp.where(defined[:, None], rows, 0), weight, group_sizes)
         return jnp.where(defined[:, None], out, jnp.nan)
 
+    def product_of_few(rows: jax.Array, weight: jax.Array, experts: jax.Array, **_: object):
+        defined = (experts >= 0) & (experts < len(weight))
+        return jnp.where(defined[:, None], expert_dot(rows, weight, experts), jnp.nan)
+
     monkeypatch.setattr(moe, "ragged_dot", product)
-    layer, x = make_layer(), make_tokens(40)
-    np.testing.assert_allclose(run(layer, x, shift(2, 2), 2, 2), expected(layer, x), atol=1e-5)
+    monkeypatch.setattr(moe, "expert_dot", product_of_few)
+    layer = make_layer()
+    for x in (make_tokens(40), make_tokens(4)):
+        np.testing.assert_allclose(run(layer, x, shift(2, 2), 2, 2), expected(layer, x), atol=1e-5)
 
 
-def test_the_kernel_for_hopper_gives_the_same() -> None:
+@pytest.mark.parametrize("count", [9, 2])
+def test_the_kernel_for_hopper_gives_the_same(count: int) -> None:
     config = MoEConfig(4, 2, 64, norm_topk_prob=True, layers=(0,))
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 64)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(count, 64)), jnp.bfloat16)
     outputs = []
     for implementation in ("xla", "mosaic_gpu"):
         layer = MoE(64, config, 1, implementation)
