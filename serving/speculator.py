@@ -1,4 +1,4 @@
-"""`arctic-jax speculator`: make a speculator, and see how many of its drafts are accepted."""
+"""`arctic-jax speculator`: make one, reduce it, and see how many of its drafts are accepted."""
 
 import json
 from collections.abc import Mapping
