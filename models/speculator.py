@@ -104,7 +104,7 @@ class SpeculatorConfig:
             )
         if self.shares_head:
             raise UnsupportedModelError(
-                f"a speculator with draft_vocab_size={self.draft_vocab_size} has a head of its own"
+                f"a speculator with draft_vocab_size={self.draft_vocab_size} cannot share a head"
             )
 
     @property

@@ -200,7 +200,7 @@ def test_all_forms_of_dimensions_and_a_prefix() -> None:
         (LSTM | {"n_predict": 0}, "n_predict is 0"),
         (LSTM | {"draft_vocab_size": 98}, "draft_vocab_size is 98, its vocab_size 97"),
         (LSTM | {"draft_vocab_size": 0}, "draft_vocab_size is 0,"),
-        (CASES["lstm_sharing_head"] | REDUCED, "draft_vocab_size=83 has a head of its own"),
+        (CASES["lstm_sharing_head"] | REDUCED, "draft_vocab_size=83 cannot share a head"),
         (MLP | {"architectures": ["MLPSpeculatorPreTrainedModel"] * 2}, "one architecture"),
         (MLP | {"architectures": "MLPSpeculatorPreTrainedModel"}, "not supported"),
         (MLP | {"architectures": ["LlamaForCausalLM"]}, "supported: .*ArcticLSTM"),
