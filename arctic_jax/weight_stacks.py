@@ -44,12 +44,14 @@ class Stack:
     Attributes:
         members: which, by their places among all parameters.
         shape: of each, global.
+        dtype: of each.
         partitions: where they lie in each layout; nothing but the first dimension is split.
         rows: of each, on a device, in each layout.
     """
 
     members: tuple[int, ...]
     shape: tuple[int, ...]
+    dtype: jnp.dtype
     partitions: Mapping[MeshLayout, PartitionSpec]
     rows: Mapping[MeshLayout, int]
 
@@ -62,12 +64,12 @@ class Stack:
         """Rows of the array on a device."""
         return (len(self.members) - 1) * self.stride + self.rows[layout]
 
-    def abstract(self, layout: MeshLayout, mesh: Mesh, dtype: jnp.dtype) -> Any:
+    def abstract(self, layout: MeshLayout, mesh: Mesh) -> Any:
         """Return the array's shape, global, and its sharding."""
         shards = self.shape[0] // self.rows[layout]
         shape = (shards * self.height(layout), *self.shape[1:])
         sharding = NamedSharding(mesh, self.partitions[layout])
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
 
     def finer(
         self, array: Array, coarse: MeshLayout, fine: MeshLayout, mesh: Mesh
@@ -93,7 +95,7 @@ class Stack:
                     f"{self.partitions[fine]} gives it {start}:{stop}"
                 )
             begins[device] = start - first
-        wanted = self.abstract(fine, mesh, array.dtype)
+        wanted = self.abstract(fine, mesh)
         return weight_views.rows(array, wanted.shape, wanted.sharding, begins)
 
 
@@ -103,18 +105,16 @@ class WeightStacks:
 
     Attributes:
         stacks: the arrays; together they have every parameter once.
-        dtype: of all of them.
     """
 
     stacks: tuple[Stack, ...]
-    dtype: jnp.dtype
 
     @classmethod
     def plan(
         cls,
         shapes: Sequence[tuple[int, ...]],
         partitions: Mapping[MeshLayout, Sequence[PartitionSpec]],
-        dtype: jnp.dtype,
+        dtypes: Sequence[jnp.dtype],
         mesh: Mesh,
         together: bool | None = None,
     ) -> WeightStacks:
@@ -123,19 +123,19 @@ class WeightStacks:
         Args:
             shapes: of the parameters, global.
             partitions: in each layout, of each parameter.
-            dtype: of all.
+            dtypes: of each parameter.
             mesh: the devices.
             together: whether to stack any; `None`: on GPUs.
         """
         if together is None:
             together = mesh.devices.flat[0].platform == "gpu"
         alike: dict[object, list[int]] = {}
-        for i, shape in enumerate(shapes):
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
             lies = tuple(partitions[layout][i] for layout in partitions)
-            alike.setdefault((shape, lies), []).append(i)
+            alike.setdefault((shape, dtype, lies), []).append(i)
         stacks = []
         for first, *others in alike.values():
-            shape = shapes[first]
+            shape, dtype = shapes[first], dtypes[first]
             lies = {layout: partitions[layout][first] for layout in partitions}
             rows = {at: NamedSharding(mesh, lies[at]).shard_shape(shape)[0] for at in lies}
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
@@ -144,9 +144,9 @@ class WeightStacks:
                 groups = [(first, *others)]
             else:
                 groups = [(i,) for i in (first, *others)]
-            stacks += [Stack(members, shape, lies, rows) for members in groups]
+            stacks += [Stack(members, shape, dtype, lies, rows) for members in groups]
         stacks.sort(key=lambda stack: stack.members)
-        return cls(tuple(stacks), dtype)
+        return cls(tuple(stacks))
 
     def followed_by(self, other: WeightStacks) -> WeightStacks:
         """Return how these parameters and then those of `other` lie."""
@@ -163,7 +163,7 @@ class WeightStacks:
 
     def abstract(self, layout: MeshLayout, mesh: Mesh) -> tuple[Any, ...]:
         """Return each array's shape, global, and its sharding."""
-        return tuple(stack.abstract(layout, mesh, self.dtype) for stack in self.stacks)
+        return tuple(stack.abstract(layout, mesh) for stack in self.stacks)
 
     def fill(
         self, parameters: Iterable[Array], layout: MeshLayout, mesh: Mesh
@@ -174,7 +174,7 @@ class WeightStacks:
         so nothing is left that would divide the device's memory.
         """
         arrays: list[Array | None] = [
-            _zeros(stack.abstract(layout, mesh, self.dtype)) if len(stack.members) > 1 else None
+            _zeros(stack.abstract(layout, mesh)) if len(stack.members) > 1 else None
             for stack in self.stacks
         ]
         places = {

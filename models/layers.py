@@ -31,9 +31,17 @@ from arctic_jax.shift_parallel import MeshLayout
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this many rows a device
 
 
-def parameter(*shape: int, axis: str | None = None) -> nnx.Param[Array]:
-    """Declare a parameter whose first dimension lies along a logical axis; filled by the loader."""
-    return nnx.Param(jnp.zeros(shape), axis=axis)
+def parameter(*shape: int, axis: str | None = None, dtype: Any = jnp.float32) -> nnx.Param[Array]:
+    """Declare a parameter whose first dimension lies along a logical axis; filled by the loader.
+
+    With weights in the type that it was told; integers, such as token ids, stay what they are.
+    """
+    return nnx.Param(jnp.zeros(shape, dtype), axis=axis)
+
+
+def dtype_of(variable: nnx.Param[Array], weights: jnp.dtype) -> jnp.dtype:
+    """Return the type that the loader gives a parameter where that of weights is `weights`."""
+    return weights if jnp.issubdtype(variable.dtype, jnp.floating) else variable.dtype
 
 
 def in_narrow_part(*modules: nnx.Module | None) -> None:

@@ -3,7 +3,8 @@
 Pure; runs inside the step program. A speculator is a small recurrent network beside a model: from
 the model's last hidden state and the token drawn from it, head k guesses the k-th token after that
 (Wertheimer et al. 2024, arXiv 2404.19124; Arctic's LSTM: arXiv 2507.11830). Its checkpoints are
-Snowflake's and IBM's; two keys of ours let a small one use the model's own vocabulary matrices.
+Snowflake's and IBM's; two keys of ours let a small one use the model's own vocabulary matrices, a
+third leaves the heads of a large one the tokens that are frequent.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -25,6 +27,8 @@ from arctic_jax.shift_parallel import MeshLayout
 from arctic_jax.weights import Rows, Source
 
 EPSILON = 1e-6
+DRAFT_TOKEN_IDS = "draft_token_ids"
+"""Of a checkpoint's tensors, the one that says which token each row of the heads stands for."""
 State = tuple[Array, ...]
 
 
@@ -44,6 +48,7 @@ class SpeculatorConfig:
         shares_embedding: tokens are embedded by the model's embedding and a projection
             (`share_base_embedding`, a key of ours).
         shares_head: logits come from a projection and the model's head (`share_base_head`, ours).
+        draft_vocab_size: rows of the heads, if they know some of the tokens only (a key of ours).
         base_architectures: of the models that it was made for; empty if it does not say.
     """
 
@@ -57,6 +62,7 @@ class SpeculatorConfig:
     scale_input: bool = False
     shares_embedding: bool = False
     shares_head: bool = False
+    draft_vocab_size: int | None = None
     base_architectures: tuple[str, ...] = ()
 
     @classmethod
@@ -79,6 +85,7 @@ class SpeculatorConfig:
                 scale_input=bool(config.get("scale_input", False)),
                 shares_embedding=bool(config.get("share_base_embedding", False)),
                 shares_head=bool(config.get("share_base_head", False)),
+                draft_vocab_size=config.get("draft_vocab_size"),
                 base_architectures=tuple(config.get("base_model_archs") or ()),
             )
         except KeyError as error:
@@ -88,6 +95,17 @@ class SpeculatorConfig:
         for name in ("input_size", "inner_size", "vocab_size", "n_predict"):
             if getattr(self, name) < 1:
                 raise UnsupportedModelError(f"a speculator's {name} is {getattr(self, name)}")
+        if self.draft_vocab_size is None:
+            return
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise UnsupportedModelError(
+                f"a speculator's draft_vocab_size is {self.draft_vocab_size}, "
+                f"its vocab_size {self.vocab_size}"
+            )
+        if self.shares_head:
+            raise UnsupportedModelError(
+                f"a speculator with draft_vocab_size={self.draft_vocab_size} cannot share a head"
+            )
 
     @property
     def state_weight(self) -> float:
@@ -119,6 +137,23 @@ class SpeculatorConfig:
             raise UnsupportedModelError(
                 f"the speculator {speculator_name!r} was not made for the model {base_name!r}: "
                 f"it wants {'; '.join(wrong)}"
+            )
+
+    def check_draft_token_ids(self, token_ids: np.ndarray[Any, Any]) -> None:
+        """See that each row of the heads stands for a token.
+
+        Raises:
+            UnsupportedModelError: there are more or fewer ids, or others; the message has both.
+        """
+        shape, wanted = token_ids.shape, (self.draft_vocab_size,)
+        if shape != wanted or token_ids.dtype.kind != "i":
+            raise UnsupportedModelError(
+                f"{DRAFT_TOKEN_IDS} is {token_ids.dtype} {shape}, not integers {wanted}"
+            )
+        if token_ids.min() < 0 or token_ids.max() >= self.vocab_size:
+            raise UnsupportedModelError(
+                f"{DRAFT_TOKEN_IDS} has tokens from {token_ids.min()} to {token_ids.max()}, "
+                f"of a vocabulary of {self.vocab_size}"
             )
 
 
@@ -207,20 +242,27 @@ class TokenEmbedding(nnx.Module):
 
 
 class OutputHead(nnx.Module):
-    """From a head's state to the vocabulary, by a matrix of its own or by the model's."""
+    """From a head's state to the vocabulary, by a matrix of its own or by the model's.
+
+    One of its own may have rows for the frequent tokens only: reading it is most of a draft's time,
+    and what it cannot draft costs acceptance alone (FR-Spec: Zhao et al. 2025, arXiv 2502.14856).
+    """
 
     def __init__(self, config: SpeculatorConfig, num_devices: int) -> None:
         inner, shares = config.inner_size, config.shares_head
         self.projection = parameter(config.input_size, inner) if shares else None
-        self.table = None if shares else Embed(config.vocab_size, inner, num_devices)
+        kept = config.draft_vocab_size
+        self.table = None if shares else Embed(kept or config.vocab_size, inner, num_devices)
+        self.token_ids = parameter(kept, dtype=jnp.int32) if kept else None
 
     def likeliest(self, x: Array, base: Vocabulary, layout: MeshLayout) -> Array:
         """`[S, inner]` to the likeliest token of each row, `[S]`."""
         x, table = self._projected(x, base)
-        return table.likeliest(x, layout)
+        rows = table.likeliest(x, layout)
+        return rows if self.token_ids is None else self.token_ids[...][rows]
 
     def logits(self, x: Array, base: Vocabulary, layout: MeshLayout) -> Array:
-        """`[S, inner]` to float32 logits `[S, vocab]`."""
+        """`[S, inner]` to float32 logits `[S, vocab]`, or of the tokens that it knows."""
         x, table = self._projected(x, base)
         return table.logits(x, layout)
 
@@ -317,6 +359,7 @@ class Speculator(nnx.Module):
             sources |= {f"embeds.{i}.{path}": source for path, source in embedding.items()}
             sources[f"heads.{i}.table.weight"] = Rows(f"head.{i}.weight")
             sources[f"heads.{i}.projection"] = Rows(f"head_proj.{i}.weight")
+            sources[f"heads.{i}.token_ids"] = Rows(DRAFT_TOKEN_IDS)
         return sources
 
 

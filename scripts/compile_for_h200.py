@@ -82,7 +82,8 @@ def step_program(args: argparse.Namespace, mesh: Mesh) -> StepProgram:
         for layout in layouts.values()
     }
     shapes = [parameter.shape for parameter in parameters]
-    stacks = WeightStacks.plan(shapes, partitions, dtype, mesh, together=True)
+    dtypes = [dtype] * len(shapes)
+    stacks = WeightStacks.plan(shapes, partitions, dtypes, mesh, together=True)
     heads = PartitionSpec(None, None, next(reversed(layouts.values())).devices or None)
     cache = ModelCacheSpec(
         model_config.num_cache_layers, model.num_kv_groups, model_config.head_dim, heads

@@ -31,7 +31,8 @@ def stacked(
     mesh = make_mesh(tp, sp)
     partitions = {at: [at.partition(axis) for _, axis in PARAMETERS] for at in layouts}
     shapes = [shape for shape, _ in PARAMETERS]
-    stacks = WeightStacks.plan(shapes, partitions, jnp.dtype(dtype), mesh, together)
+    dtypes = [jnp.dtype(dtype)] * len(shapes)
+    stacks = WeightStacks.plan(shapes, partitions, dtypes, mesh, together)
     rng = np.random.default_rng(0)
     parameters = [
         jax.device_put(
@@ -128,6 +129,21 @@ def test_alike_is_what_has_one_shape_and_lies_alike() -> None:
     assert len(arrays) == 4 + 2 * LAYERS
 
 
+def test_integers_are_not_among_weights_of_their_shape() -> None:
+    """Ids of tokens that bfloat16 would round lie between norms, of the same length."""
+    mesh, everywhere = make_mesh(1, 1), PartitionSpec()
+    kinds = [jnp.dtype(kind) for _ in range(LAYERS) for kind in ("bfloat16", "int32")]
+    lies = {ALONE: [everywhere] * len(kinds)}
+    stacks = WeightStacks.plan([(128,)] * len(kinds), lies, kinds, mesh, together=True)
+    assert [stack.dtype for stack in stacks.stacks] == kinds[:2]
+    parameters = [jnp.arange(1000 + i, 1128 + i).astype(kind) for i, kind in enumerate(kinds)]
+    arrays = stacks.fill(parameters, ALONE, mesh)
+    assert [array.dtype for array in arrays] == [a.dtype for a in stacks.abstract(ALONE, mesh)]
+    for found, wanted in zip(stacks.parameters(arrays, ALONE), parameters, strict=True):
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_apart_every_parameter_is_itself() -> None:
     stacks, parameters, arrays = stacked(1, 2, [ulysses(1, 2)], together=False)
     assert all(array is parameter for array, parameter in zip(arrays, parameters, strict=True))
@@ -148,7 +164,7 @@ def test_rows_that_a_device_does_not_have_are_refused() -> None:
     mesh, many = make_mesh(2, 2), ulysses(2, 2)
     other = MeshLayout("other", (), ("sp", "tp"), ("sp", "tp"))
     lies = {other: [PartitionSpec(("sp", "tp"))], many: [PartitionSpec("tp")]}
-    stacks = WeightStacks.plan([(16, 256)], lies, jnp.dtype("float32"), mesh)
+    stacks = WeightStacks.plan([(16, 256)], lies, [jnp.dtype("float32")], mesh)
     array = jax.device_put(jnp.zeros((16, 256)), NamedSharding(mesh, PartitionSpec("tp")))
     with pytest.raises(ValueError, match=r"has rows 0:8 of \(16, 256\), .* gives it 8:12"):
         stacks.finer([array], many, other, mesh)

@@ -36,6 +36,7 @@ MLP: dict[str, Any] = {
     "scale_input": False,
 }
 SHARING = {"share_base_embedding": True, "share_base_head": True}
+REDUCED = {"draft_vocab_size": 83}
 CASES: dict[str, dict[str, Any]] = {
     "lstm": LSTM,
     "lstm_old_name": LSTM | {"architectures": ["MLPVariantSpeculatorPreTrainedModel"]},
@@ -44,7 +45,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lstm_sharing": LSTM | SHARING | {"tie_lstm_embs": False},
     "lstm_sharing_head": LSTM | {"share_base_head": True},
     "lstm_of_one_token": LSTM | {"n_predict": 1},
+    "lstm_reduced": LSTM | REDUCED,
+    "lstm_untied_reduced": LSTM | REDUCED | {"tie_weights": False},
     "mlp": MLP,
+    "mlp_reduced": MLP | REDUCED,
     "mlp_tied": MLP | {"tie_weights": True, "inner_dim": 20, "scale_input": True},
     "mlp_tied_sharing": MLP | SHARING | {"tie_weights": True, "inner_dim": "20"},
     "mlp_of_ibm": MLP | {"architectures": ["MLPSpeculatorPreTrainedModel"], "n_predict": 4},
@@ -67,6 +71,7 @@ def make_speculator(config: dict[str, Any], seed: int = 3) -> dict[str, np.ndarr
     hidden, inner = sizes(config)
     vocab, n = config["vocab_size"], config["n_predict"]
     heads = 1 if config["tie_weights"] else n
+    kept = config.get("draft_vocab_size")
     shapes: dict[str, tuple[int, ...]] = {}
     norms = ["cell_ln", "state_ln"] if is_lstm(config) else ["ln"]
     gates = GATES if is_lstm(config) else ("",)
@@ -81,17 +86,21 @@ def make_speculator(config: dict[str, Any], seed: int = 3) -> dict[str, np.ndarr
         if config.get("share_base_head"):
             shapes[f"head_proj.{i}.weight"] = (hidden, inner)
         else:
-            shapes[f"head.{i}.weight"] = (vocab, inner)
+            shapes[f"head.{i}.weight"] = (kept or vocab, inner)
         for norm in norms:
             shapes |= {f"{norm}.{i}.{kind}": (inner,) for kind in ("weight", "bias")}
     for i in range(min(n, 2) if config["tie_weights"] else n):
         for gate in gates:
             name = f"{gate}_proj" if gate else "proj"
             shapes[f"{name}.{i}.weight"] = (inner, inner if i else hidden)
-    return {
+    tensors = {
         name: rng.normal(size=shape, scale=shape[-1] ** -0.5).astype(np.float32)
         for name, shape in shapes.items()
     }
+    if kept:
+        ids = np.sort(rng.choice(vocab, kept, replace=False)).astype(np.int32)
+        tensors["draft_token_ids"] = ids
+    return tensors
 
 
 def write_speculator(
@@ -153,6 +162,9 @@ def plain_drafts(
             logits = state @ t[f"head_proj.{i}.weight"].T @ base[1].astype(np.float64).T
         else:
             logits = state @ t[f"head.{i}.weight"].T
+        if config.get("draft_vocab_size"):
+            known, logits = logits, np.full((len(logits), config["vocab_size"]), -np.inf)
+            logits[:, tensors["draft_token_ids"]] = known
         tokens = logits.argmax(1)
         drafts.append(tokens)
         tokens = tokens if following is None else following[:, k]

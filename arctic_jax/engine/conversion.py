@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from arctic_jax import weights
 from arctic_jax.config import LoadConfig, ModelConfig
 from arctic_jax.errors import CheckpointError
 from arctic_jax.loading import orbax_checkpoint
-from arctic_jax.loading.model_files import open_model, save_all_but_weights
+from arctic_jax.loading.model_files import new_directory, open_model, save_all_but_weights
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, counted, passing, silent
@@ -80,13 +78,9 @@ def convert(
         num_kv_copies=model.num_kv_groups // config.num_key_value_heads,
         shapes={path: spec.shape for path, spec in parameters.items()},
     )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{directory.name}-new-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent) as room:
-        made = Path(room) / directory.name
+    with new_directory(directory) as made:
         save_all_but_weights(files, made, dtype)
         orbax_checkpoint.write(made, placed(), manifest)
-        os.rename(made, directory)
 
 
 def usual_devices(config: ModelConfig) -> int:

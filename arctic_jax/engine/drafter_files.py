@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 from arctic_jax.config import EngineConfig, ModelConfig
 from arctic_jax.engine.drafting import Drafting, ModelDrafting, SpeculatorDrafting
@@ -12,6 +13,7 @@ from arctic_jax.errors import UnsupportedModelError
 from arctic_jax.loading.model_files import ModelFiles, open_model, open_weights
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
 from arctic_jax.models.registry import model_class, speculator_class
+from arctic_jax.models.speculator import DRAFT_TOKEN_IDS
 from arctic_jax.progress import Report
 from arctic_jax.speculative_config import SpeculativeConfig
 from arctic_jax.weights import Checkpoint, Renamed
@@ -83,9 +85,8 @@ def _hybrid(speculative: SpeculativeConfig, other: Drafting) -> HybridDrafting:
 def _open_speculator(config: EngineConfig, base: ModelConfig, report: Report) -> DrafterFiles:
     speculative = config.speculative
     name = str(speculative.model)
-    found, checkpoint = open_weights(
-        name, speculative.revision, config.load.load_format == "dummy", report
-    )
+    dummy = config.load.load_format == "dummy"
+    found, checkpoint = open_speculator(name, speculative.revision, dummy, report)
     cls = speculator_class(found)
     numbers = cls.config_from_hf(found)
     numbers.check_base(base, name, config.load.model)
@@ -95,12 +96,25 @@ def _open_speculator(config: EngineConfig, base: ModelConfig, report: Report) ->
             f"speculative_config: num_speculative_tokens={wanted}, but the speculator {name!r} "
             f"drafts at most {numbers.n_predict}"
         )
-    if checkpoint is not None and all(tensor.startswith(PREFIX) for tensor in checkpoint):
-        checkpoint = Renamed(checkpoint, PREFIX)
+    if checkpoint is not None and numbers.draft_vocab_size is not None:
+        numbers.check_draft_token_ids(checkpoint.read(DRAFT_TOKEN_IDS))
     drafting = SpeculatorDrafting(
         wanted or numbers.n_predict, speculative.disable_by_batch_size, cls, numbers
     )
     return DrafterFiles(drafting, checkpoint)
+
+
+def open_speculator(
+    model: str, revision: str | None, dummy: bool, report: Report
+) -> tuple[dict[str, Any], Checkpoint | None]:
+    """Return a speculator's config, and its checkpoint by names without `PREFIX`.
+
+    For arguments and errors see `open_weights`.
+    """
+    config, checkpoint = open_weights(model, revision, dummy, report)
+    if checkpoint is not None and all(tensor.startswith(PREFIX) for tensor in checkpoint):
+        checkpoint = Renamed(checkpoint, PREFIX)
+    return config, checkpoint
 
 
 def _open_draft_model(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from arctic_jax import weights
 from arctic_jax.engine.step_program import Leaves
 from arctic_jax.loading.orbax_checkpoint import OrbaxCheckpoint
-from arctic_jax.models.layers import named_parameters
+from arctic_jax.models.layers import dtype_of, named_parameters
 from arctic_jax.progress import Report, counted, passing
 from arctic_jax.shift_parallel import MeshLayout
 from arctic_jax.weight_stacks import WeightStacks
@@ -42,7 +42,7 @@ class WeightLoader:
         mesh: the devices.
         layouts: of the engine. The weights are placed for the last one, the coarser; the others get
             views of them.
-        dtype: of all weights.
+        dtype: of all weights; integers stay what they are.
         seed: of random ones.
         report: told how far loading is.
     """
@@ -77,12 +77,15 @@ class WeightLoader:
         named = named_parameters(module)
         axes = [variable.get_metadata("axis") for variable in named.values()]
         shapes = [variable.shape for variable in named.values()]
+        dtypes = [dtype_of(variable, self.dtype) for variable in named.values()]
         partitions = {at: tuple(map((layout or at).partition, axes)) for at in self.layouts}
         coarse = self.layouts[-1]
-        stacks = WeightStacks.plan(shapes, partitions, self.dtype, self.mesh)
+        stacks = WeightStacks.plan(shapes, partitions, dtypes, self.mesh)
         parameters = {
-            path: ParameterSpec(shape, self.dtype, partition)
-            for path, shape, partition in zip(named, shapes, partitions[coarse], strict=True)
+            path: ParameterSpec(shape, dtype, partition)
+            for path, shape, dtype, partition in zip(
+                named, shapes, dtypes, partitions[coarse], strict=True
+            )
         }
         start = time.perf_counter()
         if checkpoint is None:

@@ -7,8 +7,11 @@ A directory may hold just what it has beyond another model, which its config nam
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,17 @@ def open_weights(
         raise CheckpointError(f"{path} is not a directory with a config.json")
     config = _read_json(path / "config.json")
     return config, None if dummy else SafetensorsCheckpoint(path)
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `directory` when everything is in it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{directory.name}-new-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent) as room:
+        made = Path(room) / directory.name
+        yield made
+        os.rename(made, directory)
 
 
 def save_all_but_weights(files: ModelFiles, directory: Path, dtype: str) -> None:

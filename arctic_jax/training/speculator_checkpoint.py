@@ -101,10 +101,19 @@ def checkpoint_tensors(speculator: Speculator, values: Tensors) -> dict[str, np.
     return tensors
 
 
-def save(config: Mapping[str, Any], tensors: Tensors, directory: Path) -> int:
-    """Write a speculator in bfloat16, for `speculative_config`'s `model`; return its parameters."""
+def save(
+    config: Mapping[str, Any], tensors: Tensors, directory: Path, dtype: Any = ml_dtypes.bfloat16
+) -> int:
+    """Write a speculator for `speculative_config`'s `model`; return its parameters.
+
+    Args:
+        config: see `speculator_config`.
+        tensors: by the published names.
+        directory: made if need be.
+        dtype: of all tensors; `None` leaves them as they are.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", "utf-8")
-    rounded = {n: np.ascontiguousarray(t.astype(ml_dtypes.bfloat16)) for n, t in tensors.items()}
-    save_file(rounded, directory / "model.safetensors", metadata={"format": "pt"})
+    written = {name: np.ascontiguousarray(tensor, dtype) for name, tensor in tensors.items()}
+    save_file(written, directory / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.size for tensor in tensors.values())

@@ -7,8 +7,6 @@ and ours load there. A student is a directory like any other model's: config, to
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from arctic_jax.config import LoadConfig, ModelConfig
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
-from arctic_jax.loading.model_files import ModelFiles, open_model, save_all_but_weights
+from arctic_jax.loading.model_files import (
+    ModelFiles,
+    new_directory,
+    open_model,
+    save_all_but_weights,
+)
 from arctic_jax.loading.safetensors_checkpoint import INDEX
 from arctic_jax.models.registry import model_class
 from arctic_jax.progress import Report, counted, silent
@@ -182,13 +185,9 @@ def write_student(
             yield name, np.ascontiguousarray(tensor, _numpy_dtype(dtype))
             advance()
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{directory.name}-new-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent) as room:
-        made = Path(room) / directory.name
+    with new_directory(directory) as made:
         save_all_but_weights(_with_config(files, config), made, dtype)
         _save(made, tensors())
-        os.rename(made, directory)
 
 
 def save_own(own: Tensors, file: Path, dtype: str = "bfloat16") -> None:

@@ -17,7 +17,7 @@ from arctic_jax.engine.drafting import ModelDrafting
 from arctic_jax.engine.lowering import LoweringPool
 from arctic_jax.engine.programs import ProgramCache
 from arctic_jax.engine.step_program import Step, StepProgram
-from arctic_jax.models.layers import named_parameters
+from arctic_jax.models.layers import dtype_of, named_parameters
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.weight_stacks import WeightStacks
 
@@ -110,7 +110,8 @@ def stacked(program: StepProgram, mesh: Mesh) -> StepProgram:
     layouts = program.weights.stacks[0].partitions
     partitions = {layout: tuple(map(layout.partition, axes)) for layout in layouts}
     shapes = [variable.shape for variable in variables]
-    weights = WeightStacks.plan(shapes, partitions, program.cache.dtype, mesh, together=True)
+    dtypes = [dtype_of(variable, program.cache.dtype) for variable in variables]
+    weights = WeightStacks.plan(shapes, partitions, dtypes, mesh, together=True)
     assert len(weights.stacks) < len(shapes)
     return replace(program, weights=weights)
 

@@ -26,10 +26,11 @@ from speculation_cases import (
     replay,
 )
 from swiftkv_model import swiftkv_config, swiftkv_tensors
-from tiny_engine import CONFIG, make_engine, make_tensors
+from tiny_engine import CONFIG, TensorsInMemory, make_engine, make_tensors
 from tiny_speculator import (
     LSTM,
     MLP,
+    REDUCED,
     SHARING,
     make_speculator,
     plain_drafts,
@@ -38,10 +39,14 @@ from tiny_speculator import (
 
 from arctic_jax.config import ModelConfig
 from arctic_jax.engine.core import EngineCore
+from arctic_jax.engine.weight_loading import WeightLoader
 from arctic_jax.loading.hub import SPECULATOR
 from arctic_jax.loading.model_files import open_weights
+from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.registry import model_class, speculator_class
+from arctic_jax.progress import silent
 from arctic_jax.request import Request
+from arctic_jax.shift_parallel import make_mesh, shift, ulysses
 from arctic_jax.spec_decode.proposer import build_proposer
 from arctic_jax.training import speculator_checkpoint
 from arctic_jax.training.forward import Batch, hidden_states, logits
@@ -65,14 +70,17 @@ def knowing_speculator(
     """One that knows nothing but which token came after which: some of its drafts are right."""
     config = config | {"inner_dim": VOCAB, "tie_weights": True, "n_predict": 3}
     config |= {key: VOCAB for key in ("proj_dim", "emb_dim") if key in LSTM and "method" in config}
-    tensors = {name: np.zeros_like(t) for name, t in make_speculator(config).items()}
+    made = make_speculator(config)
+    tensors = {name: np.zeros_like(t) for name, t in made.items()}
     for name in tensors:
         if name.endswith("ln.0.weight"):
             tensors[name] += 1
         elif "emb" in name:
             tensors[name] += np.eye(VOCAB, dtype=np.float32)
         elif name == "head.0.weight":
-            tensors[name] = successors(answers)
+            tensors[name] = successors(answers)[made.get("draft_token_ids", slice(None))]
+        elif name == "draft_token_ids":
+            tensors[name] = made[name]
     return write_speculator(directory, config, tensors)
 
 
@@ -215,6 +223,53 @@ def test_the_device_drafts_from_the_row_that_was_accepted_last(two_layouts: Engi
         assert draft == wanted[0].tolist()
 
 
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+def test_a_reduced_head_changes_no_answer(mesh: tuple[int, int], tmp_path: Path) -> None:
+    tp, sp = mesh
+    if jax.device_count() < tp * sp:
+        pytest.skip(f"{jax.device_count()} devices")
+    answers = PlainModel(CONFIG, make_tensors()).answers()
+    path = knowing_speculator(tmp_path, LSTM | REDUCED, answers)
+    engine = speculating(
+        path,
+        tensor_parallel_size=tp,
+        ulysses_sequence_parallel_size=sp,
+        **({"shift_parallel_threshold": 6, "max_num_seqs": 2} if sp > 1 else {}),
+    )
+    requests = [(prompt, greedy(30)) for prompt in BEGINNINGS]
+    plain = generate(engine, requests)
+    proposer = build_proposer(replace(engine.config.speculative, adaptive=False))
+    for actual, wanted in zip(generate(engine, requests, proposer), plain, strict=True):
+        assert_equal(actual, wanted)
+    drafted, accepted = proposer.stats.drafted.sum(), proposer.stats.accepted.sum()
+    assert 0.1 * drafted < accepted < drafted
+    recorder = replay(plain, rate=0.7, kind=Recorder)
+    assert isinstance(recorder, Recorder)
+    generate(engine, requests, recorder)
+    tokens = {token for _, draft in recorder.drafted for token in draft}
+    assert len(tokens) > 5
+    assert tokens.issubset(load_file(path / "model.safetensors")["draft_token_ids"].tolist())
+
+
+def test_ids_are_not_rounded_as_weights_are() -> None:
+    tp, sp = 2, 2
+    if jax.device_count() < tp * sp:
+        pytest.skip(f"{jax.device_count()} devices")
+    config = MLP | {"vocab_size": 1000, "draft_vocab_size": 500}
+    cls, tensors = speculator_class(config), make_speculator(config)
+    module = nnx.eval_shape(lambda: cls(cls.config_from_hf(config), tp * sp))
+    layouts, bfloat16 = [shift(tp, sp), ulysses(tp, sp)], jnp.dtype("bfloat16")
+    loader = WeightLoader(make_mesh(tp, sp), layouts, bfloat16, 0, silent)
+    placed, _ = loader.load(module, TensorsInMemory(tensors), "a speculator")
+    for layout in layouts:
+        leaves = dict(zip(named_parameters(module), placed[layout], strict=True))
+        for k in range(config["n_predict"]):
+            np.testing.assert_array_equal(
+                leaves.pop(f"heads.{k}.token_ids"), tensors["draft_token_ids"]
+            )
+        assert {array.dtype for array in leaves.values()} == {bfloat16}
+
+
 def test_steps_that_shall_not_draft_do_not(swiftkv_engine: EngineCore) -> None:
     requests = [(BEGINNINGS[0], greedy(16))]
     (plain,) = generate(swiftkv_engine, requests)
@@ -239,13 +294,17 @@ def test_as_many_tokens_as_are_wanted(swiftkv_engine: EngineCore) -> None:
     [
         ({"input_hidden_dim": 64}, {}, "'.*spec' was not made for the model 'smollm2.*64, not 32"),
         ({"architectures": ["LlamaForCausalLM"]}, {}, "not supported; supported: .*ArcticLSTM"),
+        ({"draft_vocab_size": 98}, {}, "draft_vocab_size is 98, its vocab_size 97"),
+        ({"draft_vocab_size": 3}, {}, r"int32 \(2,\), not integers \(3,\)"),
+        ({"draft_vocab_size": 2}, {}, "tokens from 1 to 97, of a vocabulary of 97"),
         ({}, {"num_speculative_tokens": 4}, "=4, but the speculator '.*spec' drafts at most 3"),
     ],
 )
 def test_a_speculator_that_does_not_fit_is_refused(
     changes: dict, more: dict, message: str, tmp_path: Path
 ) -> None:
-    path = write_speculator(tmp_path / "spec", LSTM | changes, {"none": np.zeros(1, np.float32)})
+    tensors = {"draft_token_ids": np.array([1, 97], np.int32)}
+    path = write_speculator(tmp_path / "spec", LSTM | changes, tensors)
     given = {"method": "arctic", "model": str(path)} | more
     with pytest.raises(ValueError, match=message):
         make_engine(speculative_config=given)

@@ -14,6 +14,7 @@ from tiny_speculator import (
     GATES,
     LSTM,
     MLP,
+    REDUCED,
     gelu,
     make_speculator,
     norm,
@@ -22,7 +23,7 @@ from tiny_speculator import (
 
 from arctic_jax import weights
 from arctic_jax.errors import CheckpointError, UnsupportedModelError
-from arctic_jax.models.layers import Embed, named_parameters
+from arctic_jax.models.layers import Embed, dtype_of, named_parameters
 from arctic_jax.models.lstm_speculator import lstm_cell
 from arctic_jax.models.registry import model_class, speculator_class
 from arctic_jax.models.speculator import Speculator, SpeculatorConfig, SpeculatorNorm, Vocabulary
@@ -55,7 +56,7 @@ class Loaded:
         specs = {
             path: weights.ParameterSpec(
                 parameter.shape,
-                np.dtype(np.float32),
+                dtype_of(parameter, np.dtype(np.float32)),
                 self.layout.partition(parameter.get_metadata("axis")),
             )
             for path, parameter in named_parameters(module).items()
@@ -100,7 +101,7 @@ def test_drafts_are_those_of_plain_numpy(config: dict) -> None:
 
 
 @pytest.mark.parametrize(("make", "tp", "sp"), [(ulysses, 2, 2), (shift, 1, 8)])
-@pytest.mark.parametrize("name", ["lstm", "lstm_sharing", "mlp"])
+@pytest.mark.parametrize("name", ["lstm", "lstm_sharing", "lstm_reduced", "mlp", "mlp_reduced"])
 def test_any_mesh_drafts_the_same(name: str, tp: int, sp: int, make: Any) -> None:
     if jax.device_count() < tp * sp:
         pytest.skip(f"{jax.device_count()} devices")
@@ -197,6 +198,9 @@ def test_all_forms_of_dimensions_and_a_prefix() -> None:
         (LSTM | {"emb_dim": 16}, "emb_dim=16 is not supported"),
         ({k: v for k, v in LSTM.items() if k != "n_predict"}, "no key 'n_predict'"),
         (LSTM | {"n_predict": 0}, "n_predict is 0"),
+        (LSTM | {"draft_vocab_size": 98}, "draft_vocab_size is 98, its vocab_size 97"),
+        (LSTM | {"draft_vocab_size": 0}, "draft_vocab_size is 0,"),
+        (CASES["lstm_sharing_head"] | REDUCED, "draft_vocab_size=83 cannot share a head"),
         (MLP | {"architectures": ["MLPSpeculatorPreTrainedModel"] * 2}, "one architecture"),
         (MLP | {"architectures": "MLPSpeculatorPreTrainedModel"}, "not supported"),
         (MLP | {"architectures": ["LlamaForCausalLM"]}, "supported: .*ArcticLSTM"),
@@ -220,6 +224,24 @@ def test_a_speculator_of_another_model_is_refused(changes: dict, message: str) -
     base = model_class(CONFIG).config_from_hf(CONFIG)
     with pytest.raises(UnsupportedModelError, match=f"'spec'.*'base'.*{message}"):
         config.check_base(base, "spec", "base")
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        (np.arange(82, dtype=np.int32), r"int32 \(82,\), not integers \(83,\)"),
+        (np.arange(83, dtype=np.float32), r"float32 \(83,\), not integers"),
+        (np.arange(15, 98, dtype=np.int32), "from 15 to 97, of a vocabulary of 97"),
+        (np.arange(-1, 82, dtype=np.int32), "from -1 to 81, of a vocabulary of 97"),
+    ],
+)
+def test_ids_that_are_not_those_of_the_rows_are_refused(
+    token_ids: np.ndarray, message: str
+) -> None:
+    config = speculator_class(LSTM).config_from_hf(LSTM | REDUCED)
+    with pytest.raises(UnsupportedModelError, match=message):
+        config.check_draft_token_ids(token_ids)
+    config.check_draft_token_ids(np.arange(14, 97, dtype=np.int32))
 
 
 def test_students_may_use_the_speculator_of_their_base_model() -> None:

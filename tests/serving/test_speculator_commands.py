@@ -2,12 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_speculator import LSTM, REDUCED, SHARING, write_speculator
 from typer.testing import CliRunner
 
 from arctic_jax.serving import cli
 from arctic_jax.testing import TINY_LLAMA, write_model
+
+SIZES = {
+    "input_hidden_dim": TINY_LLAMA["hidden_size"],
+    "vocab_size": TINY_LLAMA["vocab_size"],
+}
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -61,3 +68,56 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
     output = run("speculator", *(str(base) if a == "BASE" else a for a in arguments), code=2)
     assert message in output
     assert "Traceback" not in output
+
+
+def test_a_reduced_speculator_can_be_evaluated(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", TINY_LLAMA)
+    whole = write_speculator(tmp_path / "whole", LSTM | SIZES)
+    text, reduced = tmp_path / "text.jsonl", tmp_path / "reduced"
+    text.write_text(json.dumps({"text": "aaab"}) + "\n")
+    output = run(
+        *("speculator", "reduce", whole, text, "--size", 2, "--model", base, "--out", reduced)
+    )
+    assert "knows 2 tokens, 80.00% of those in the text" in output  # a and the end
+    output = run(
+        *("speculator", "evaluate", reduced, text, "--model", base, "--max-tokens", 8),
+        *("--num-blocks", 16, "--max-model-len", 96, "--max-num-batched-tokens", 64),
+    )
+    counts = json.loads(output[output.index("{") :])["sets"]["text"]
+    assert counts["tokens"] == 8
+    assert counts["drafted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, ("text", "--size", 261), "less than the vocabulary's 261, got 261"),
+        ({}, ("text", "--size", 0), "at least 1 and less than the vocabulary's 261, got 0"),
+        (SHARING, ("text", "--size", 8), "uses the model's head and has none"),
+        (REDUCED, ("text", "--size", 8), "has been reduced to 83 tokens"),
+        ({"vocab_size": 97}, ("text", "--size", 8), "a vocabulary of 97, not 261"),
+        ({}, ("missing", "--size", 8), "No such file or directory: 'missing'"),
+        ({}, ("empty", "--size", 8), "empty: there is no token that counts"),
+        ({}, ("text", "bad", "--size", 8), "bad:1: "),
+        ({}, ("text", "--size", 8, "--out", "text"), "text already exists"),
+    ],
+)
+def test_what_cannot_be_reduced_is_said_in_one_line(
+    changes: dict[str, Any],
+    arguments: tuple[Any, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model("base", TINY_LLAMA)
+    write_speculator(Path("whole"), LSTM | SIZES | changes)
+    Path("text").write_text(json.dumps({"text": "aaab"}))
+    Path("bad").write_text("{}")
+    Path("empty").touch()
+    before = set(tmp_path.iterdir())
+    given = ("speculator", "reduce", "whole", "--model", "base", "--out", "out", *arguments)
+    output = run(*given, code=2)
+    assert message in output
+    assert "Traceback" not in output
+    assert set(tmp_path.iterdir()) == before
