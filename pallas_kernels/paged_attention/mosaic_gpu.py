@@ -65,14 +65,16 @@ def choose_config(S: int, KV: int, D: int, blocks_per_sequence: int, block_size:
     """Return the sizes for a batch of `S` sequences, from static shapes alone.
 
     What measured best on an H200: few stages, so that two thread blocks fit on a multiprocessor and
-    hide each other's latencies. There are splits until every multiprocessor has a thread block;
-    and, for lengths that differ, where the block tables have room for long ones (each costs a
-    thread block even where `splits_of` leaves it nothing to do).
+    hide each other's latencies; where there is one for each multiprocessor, larger tiles instead.
+    There are splits until every multiprocessor has a thread block; and, for lengths that differ,
+    where the block tables have room for long ones (each costs a thread block even where `splits_of`
+    leaves it nothing to do).
     """
     items, keys = S * KV, blocks_per_sequence * block_size
     by_length = min(keys // (1024 if D == 64 else 1536), 2048 // items, 4)
     splits = min(max(round(SMS / items), by_length), keys // 128, MAX_SPLITS)
-    return Config(64, 2, max(splits, 1))
+    is_one_each = round(SMS / items) == 1 and items <= SMS and D <= 128
+    return Config(128 if is_one_each else 64, 2, max(splits, 1))
 
 
 def splits_of(seq_lens: Array, KV: int, sliding_window: int | None, config: Config) -> Array:

@@ -86,21 +86,9 @@ def ragged_dot(
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Array:
     """See `op.ragged_dot`."""
-    M, (G, N, _) = len(rows), weight.shape
+    (M, _), (G, N, _) = rows.shape, weight.shape
     config = config or choose_config(M, G, N)
     work = tiles_of_groups(group_sizes, M, config.rows)
-    return run(work, rows, weight, config, interpret)
-
-
-def run(
-    work: Array,
-    rows: Array,
-    weight: Array,
-    config: Config,
-    interpret: plgpu.InterpretGPUParams | None,
-) -> Array:
-    """Multiply the rows of each item by its group's matrix; `work` as of `tiles_of_groups`."""
-    M, N = len(rows), weight.shape[1]
     return plgpu.kernel(
         functools.partial(_body, config=config),
         out_type=jax.ShapeDtypeStruct((M, N), rows.dtype),

@@ -1,10 +1,16 @@
-"""How decode attention divides its work; its results are tested in test_kernels.py."""
+"""How decode attention divides its work; most of its results are tested in test_kernels.py."""
+
+import functools
 
 import jax.numpy as jnp
 import pytest
+from kernel_checks import check, interpreted
 
+from arctic_jax.pallas_kernels.paged_attention import cases
 from arctic_jax.pallas_kernels.paged_attention.mosaic_gpu import (
     Config,
+    choose_config,
+    decode,
     in_parts,
     splits_of,
     takes,
@@ -28,6 +34,22 @@ AT_MOST_8 = Config(tile=64, stages=2, splits=8)
 def test_long_contexts_are_split(lengths, splits):
     found = splits_of(jnp.array(lengths), KV=8, sliding_window=None, config=AT_MOST_8)
     assert found.tolist() == splits
+
+
+# benchmarks/results/h200/decode_tiles.json
+@pytest.mark.parametrize(("sequences", "tile"), [(1, 64), (16, 128), (17, 64), (64, 64)])
+def test_tiles_are_larger_with_a_thread_block_a_multiprocessor(sequences, tile):
+    assert choose_config(sequences, 8, 128, 132, 64).tile == tile
+    assert choose_config(sequences, 8, 256, 132, 64).tile == 64  # there is no room for more
+
+
+@pytest.mark.parametrize("name", ["decode_llama_8b", "splits_smollm2", "decode_block16"])
+def test_larger_tiles_give_the_same(name, capsys):
+    (case,) = (case for case in cases.CASES if case.name == name)
+    config = Config(128, 2, 2)
+    with interpreted(capsys) as interpreter:
+        call = functools.partial(decode, draft_mask=None, config=config, interpret=interpreter)
+        check(cases, case, call, poison=float("nan"))
 
 
 def test_a_window_is_all_that_is_split():
