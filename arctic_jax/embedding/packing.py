@@ -23,6 +23,10 @@ NARROWEST_FREE = 64
 as many, ..."""
 
 
+MOST_PADDING = 4096
+"""Tokens; more of them at the end of a batch cost a GPU more than a batch by itself."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A batch to be.
@@ -122,13 +126,8 @@ class Packer:
             return self._fill(bucket)
         if rest:
             return self._smallest(bucket)
-        filled = [
-            shorter
-            for shorter in self._ladder
-            if shorter.num_tokens <= self._num_tokens and shorter.window >= self._lengths[-1]
-        ]
-        largest = max(filled, key=lambda shorter: shorter.num_tokens, default=None)
-        return self._fill(largest) if idle and largest else None
+        short = self._largest_filled() if idle else None
+        return self._fill(short) if short else None
 
     def _best_full_bucket(self) -> EncoderBucket:
         """Return the full batch with the least cost a token, were all as long as the longest."""
@@ -145,6 +144,15 @@ class Packer:
         largest = max(bucket.num_tokens for bucket in fitting)
         return min((b for b in fitting if 2 * b.num_tokens > largest), key=cost_of_token)
 
+    def _largest_filled(self) -> EncoderBucket | None:
+        """Return the largest batch that has no more tokens than what waits."""
+        filled = (
+            bucket
+            for bucket in self._ladder
+            if bucket.num_tokens <= self._num_tokens and bucket.window >= self._lengths[-1]
+        )
+        return max(filled, key=lambda bucket: bucket.num_tokens, default=None)
+
     def _smallest(self, otherwise: EncoderBucket) -> Plan:
         """Put all that waits into the cheapest batch that holds it, else much of it into one."""
         for bucket in self._ladder:
@@ -153,6 +161,9 @@ class Packer:
                 and bucket.num_tokens >= self._num_tokens
                 and bucket.max_segments >= self._num_waiting
             ):
+                padding = bucket.num_tokens - self._num_tokens
+                if padding > MOST_PADDING and (filled := self._largest_filled()):
+                    return self._fill(filled)
                 plan = self._fill(bucket)
                 if not self._waiting:
                     return plan

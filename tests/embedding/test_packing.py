@@ -70,6 +70,13 @@ def test_an_idle_device_gets_the_largest_batch_that_can_be_filled() -> None:
     assert packer.take(rest=False, idle=True) is None  # 257 + 5 * 50 tokens do not fill 512
 
 
+def test_what_is_left_goes_into_two_batches_rather_than_half_a_large_one() -> None:
+    plans = plans_of([512] * 33, ladder=bucket_ladder(32768, 512, skips_other_segments=True))
+    assert [plan.bucket.num_tokens for plan in plans] == [16384, 512]
+    plans = plans_of([512] * 5, ladder=bucket_ladder(32768, 512, skips_other_segments=True))
+    assert [plan.bucket.num_tokens for plan in plans] == [4096]
+
+
 def share_of_padding(lengths: Sequence[int]) -> float:
     return 1 - sum(lengths) / sum(plan.bucket.num_tokens for plan in plans_of(lengths))
 
@@ -133,7 +140,7 @@ def test_wide_windows_are_few_and_multiples_of_64(
 
 def test_wide_windows_leave_hardly_any_padding() -> None:
     plans = plans_of([50] * 2000, ladder=bucket_ladder(32768, 512, skips_other_segments=True))
-    assert len(plans) > 1
+    assert [plan.bucket.num_tokens for plan in plans] == [32768] * 3 + [2048]
     assert all(sum(plan.lengths.values()) > 0.99 * plan.bucket.num_tokens for plan in plans[:-1])
 
 
