@@ -140,7 +140,7 @@ class Candidate:
     Attributes:
         unsupported: why the implementation does not take the case, or `None`.
         call: a future of its compiled call.
-        busy: set by `lengthen`, seconds that one call's kernels take.
+        busy: found by `look`, seconds that one call's kernels take.
         chain: made by `lengthen`, a future of `count` compiled calls, whose inputs come from
             `copies` sets.
     """
@@ -165,19 +165,24 @@ class Candidate:
         )
         self.call = pool.submit(lambda: self._function.lower(*self._shapes).compile())
 
-    def lengthen(self, ceiling: dict[str, float], pool: concurrent.futures.Executor) -> None:
-        """Have a chain compiled that is as long as a figure needs: long ones take minutes."""
-        moved, flops = self.cases.cost(self.case)
-        seconds = max(moved / ceiling["bytes_per_s"], flops / ceiling["flop_per_s"])
+    def look(self) -> None:
+        """Run a call. Nothing is to be compiled meanwhile: XLA would try products on the GPU."""
         arguments, _ = self.cases.inputs(self.case)
         alone, output = median_seconds(lambda _: self.call.result()(*arguments), None, repeats=3)
         # By a profile where there is one: how long the host waits says little of a short call.
         self.busy = sum(self.kernels_us().values()) / 1e6 or alone
-        if isinstance(output, tuple):
-            # It updates its arguments in place, so one set goes round; alone it copied them first.
+        self._is_in_place = isinstance(output, tuple)
+
+    def lengthen(self, ceiling: dict[str, float], pool: concurrent.futures.Executor) -> None:
+        """Have a chain compiled that is as long as a figure needs: long ones take minutes."""
+        moved, flops = self.cases.cost(self.case)
+        seconds = max(moved / ceiling["bytes_per_s"], flops / ceiling["flop_per_s"])
+        if self._is_in_place:
+            # It updates its arguments, so one set goes round; alone it copied them first.
             self.copies = 1
         else:
-            self.copies = min(6, int(4 * L2_BYTES // max(moved, arguments[0].nbytes)) + 1)
+            largest = max(moved, self._shapes[0].size * self._shapes[0].dtype.itemsize)
+            self.copies = min(6, int(4 * L2_BYTES // largest) + 1)
             seconds = max(seconds, self.busy)
         # A call that has nothing to do costs nothing.
         self.count = int(np.clip(CHAIN_S / seconds, 1, MOST_CHAINED)) if seconds else MOST_CHAINED
@@ -276,13 +281,16 @@ def candidates_of(operation: str, options, ceiling: dict) -> list[list[Candidate
             for case in cases
             if "bench" in case.tags.split() and options.filter in f"{operation} {case.name}"
         ]
-        for candidate in itertools.chain.from_iterable(found):
-            if (
-                candidate.unsupported is None
-                and candidate.implementation in options.implementations
-            ):
+        timed = [
+            candidate
+            for candidate in itertools.chain.from_iterable(found)
+            if candidate.unsupported is None and candidate.implementation in options.implementations
+        ]
+        concurrent.futures.wait([candidate.call for candidate in timed])
+        for prepare in (Candidate.look, lambda candidate: candidate.lengthen(ceiling, pool)):
+            for candidate in timed:
                 with contextlib.suppress(Exception):  # `measure` meets it again, and reports it
-                    candidate.lengthen(ceiling, pool)
+                    prepare(candidate)
     return found
 
 

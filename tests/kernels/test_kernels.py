@@ -122,6 +122,7 @@ def test_the_benchmark_measures_it(operation, benchmark, monkeypatch):
     case = min(cases.CASES, key=cases.cost)  # of one operation it costs nothing at all
     with ThreadPoolExecutor(1) as pool:
         candidate = benchmark.Candidate(operation, case, "xla", pool)
+        candidate.look()
         candidate.lengthen(ceiling, pool)
     (row,) = benchmark.measure([candidate], ["xla"], ceiling, profile=False)
     assert (row["operation"], row["case"], row["difference"]) == (operation, case.name, 0)
