@@ -73,7 +73,8 @@ class EncoderBatch:
         """`[2, T]`, where each token's segment begins and ends; padding is a token by itself."""
         starts = jnp.arange(len(self.positions), dtype=jnp.int32) - self.positions
         lengths = self.lengths.at[self.segment_ids].get(mode="fill", fill_value=1)
-        return jnp.stack([starts, starts + lengths])
+        # Once: on a CPU XLA would compute it anew for each score of each layer.
+        return jax.lax.optimization_barrier(jnp.stack([starts, starts + lengths]))
 
 
 def unpack(packed: Array, bucket: EncoderBucket) -> EncoderBatch:
