@@ -281,12 +281,9 @@ def candidates_of(operation: str, options, ceiling: dict) -> list[list[Candidate
             for case in cases
             if "bench" in case.tags.split() and options.filter in f"{operation} {case.name}"
         ]
-        timed = [
-            candidate
-            for candidate in itertools.chain.from_iterable(found)
-            if candidate.unsupported is None and candidate.implementation in options.implementations
-        ]
-        concurrent.futures.wait([candidate.call for candidate in timed])
+        compiled = [c for c in itertools.chain.from_iterable(found) if c.unsupported is None]
+        concurrent.futures.wait([candidate.call for candidate in compiled])
+        timed = [c for c in compiled if c.implementation in options.implementations]
         for prepare in (Candidate.look, lambda candidate: candidate.lengthen(ceiling, pool)):
             for candidate in timed:
                 with contextlib.suppress(Exception):  # `measure` meets it again, and reports it

@@ -21,8 +21,6 @@ ATTENTION_COST = 1e-3
 NARROWEST_FREE = 64
 """Where attention skips the keys of other sequences a batch is one window: of so many tokens, twice
 as many, ..."""
-
-
 MOST_PADDING = 4096
 """Tokens; more of them at the end of a batch cost a GPU more than a batch by itself."""
 

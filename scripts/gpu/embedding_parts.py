@@ -153,11 +153,10 @@ def attentions(T: int) -> list[Part]:
         for window in windows:
             count = window // length
             place = np.arange(T, dtype=np.int32)
-            starts = np.where(
-                place % window < count * length, place - place % window % length, place
-            )
-            stops = np.where(place % window < count * length, starts + length, place + 1)
-            bounds = jnp.asarray([starts, stops])
+            within = place % window
+            is_text = within < count * length
+            starts = np.where(is_text, place - within % length, place)
+            bounds = jnp.asarray([starts, starts + np.where(is_text, length, 1)])
             flops = 4.0 * T // window * count * length**2 * HIDDEN
             name = f"attention: {length} in {window}"
             options = {"num_kv_heads": HEADS, "scale": SIZE**-0.5, "causal": False}
