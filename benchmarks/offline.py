@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--implementation", default=None)
     parser.add_argument("--max-model-len", type=int, default=8448)
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -70,6 +71,7 @@ def main() -> None:
     llm = LLM(
         args.model,
         load_format=args.load_format,
+        dtype=args.dtype,
         implementation=args.implementation,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,

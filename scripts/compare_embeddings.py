@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare this engine's embeddings with sentence-transformers (torch) on a CPU, float32.
+"""Compare this engine's embeddings with sentence-transformers (torch, float32) on a CPU.
 
     scripts/compare_embeddings.py --model DIRECTORY --torch-python PYTHON
 
@@ -69,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--torch-path", default="", help="PYTHONPATH of that interpreter")
+    parser.add_argument("--dtype", default="auto", help="ours; theirs is float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--num-texts", type=int, default=2000, help="of mixed lengths")
@@ -140,7 +141,7 @@ def load_ours(arguments: argparse.Namespace) -> tuple[Embed, dict[str, str]]:
     from arctic_jax import LLM
     from arctic_jax.serving.environment import versions
 
-    llm = LLM(str(arguments.model), dtype="float32", progress=False)
+    llm = LLM(str(arguments.model), dtype=arguments.dtype, progress=False)
     return lambda texts: llm.embed(texts, use_tqdm=False), versions()
 
 
@@ -189,6 +190,7 @@ def summarize(
     environment = record()
     return {
         "model": arguments.model.resolve().name,
+        "dtype": arguments.dtype,
         "threads": arguments.threads,
         "load_average": os.getloadavg()[0],
         "cases": cases,

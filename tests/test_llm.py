@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import plain_model
 import pytest
@@ -652,3 +653,15 @@ def test_bfloat16_runs(directory: Path) -> None:
     exact = exact - np.log(np.exp(exact).sum())
     first = (output.logprobs or [])[0][output.token_ids[0]]
     assert first.logprob == pytest.approx(exact[output.token_ids[0]], abs=0.1)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about CPUs")
+@pytest.mark.parametrize(("dtype", "fewest"), [("bfloat16", 2), ("float32", 1)])
+def test_no_step_of_a_cpu_has_one_row_in_16_bits(directory: Path, dtype: str, fewest: int) -> None:
+    """There XLA takes ten times as long for it as for two."""
+    llm = LLM(str(directory), dtype=dtype, **(SMALL | {"max_num_seqs": 1}))
+    engine: Any = llm.engine
+    buckets = [bucket for _, bucket in engine.runner.picker.steps]
+    assert min(bucket.num_tokens for bucket in buckets) == fewest
+    assert min(bucket.num_rows for bucket in buckets) == fewest
+    assert len(only(llm.generate("Hello", greedy(5))).token_ids) == 5  # pyright: ignore

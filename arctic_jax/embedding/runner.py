@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,8 +81,7 @@ class EncoderRunner:
         self.max_length = _max_length(load.max_model_len, model_config, settings)
         self.mesh = make_mesh(1, 1)
         platform = self.mesh.devices.flat[0].platform
-        dtype = load.dtype if load.dtype != "auto" else _DTYPES.get(platform, "bfloat16")
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = jnp.dtype(_fastest_dtype(platform) if load.dtype == "auto" else load.dtype)
         self.ladder = bucket_ladder(
             max_tokens or MAX_TOKENS.get(platform, 32768),
             self.max_length,
@@ -181,7 +181,21 @@ class EncoderRunner:
                 self.launch([], bucket).block_until_ready()
 
 
-_DTYPES = {"cpu": "float32"}  # where bfloat16 is slow
+def _fastest_dtype(platform: str) -> str:
+    """Return bfloat16, but float32 on a processor without instructions for its products.
+
+    With them a product takes half the time of one in float32, without them many times as long.
+    """
+    if platform != "cpu":
+        return "bfloat16"
+    try:
+        features = _PROCESSOR.read_text().split()
+    except OSError:  # not Linux
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in features else "float32"
+
+
+_PROCESSOR = Path("/proc/cpuinfo")
 
 
 def _max_length(wanted: int | None, model_config: Numbers, settings: EmbeddingSettings) -> int:

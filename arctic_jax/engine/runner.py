@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import statistics
 import threading
@@ -126,11 +127,11 @@ class ModelRunner:
         self.max_prompt_rows = most_rows if has_all_rows else 0
         drafts = config.speculative.max_draft_len > 0
         self.max_extra_rows = most_rows if drafts else self.max_prompt_rows
+        self.dtype = _compute_dtype(config.load.dtype, model_config)
         self._ladders = {layout: self._ladder(layout, config) for layout in self.layouts}
         buckets = [bucket for ladder in self._ladders.values() for bucket in ladder]
         max_rows = max(bucket.num_rows for bucket in buckets)
         self.max_model_len = _max_model_len(config.load.max_model_len, model_config)
-        self.dtype = _compute_dtype(config.load.dtype, model_config)
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
         self.max_masks = self.max_num_seqs + (self.max_extra_rows if drafts else 0)
         self.inboxes = self._make_inboxes(config)
@@ -237,11 +238,14 @@ class ModelRunner:
 
     def _ladder(self, layout: MeshLayout, config: EngineConfig) -> tuple[Bucket, ...]:
         """Return the shapes that steps of a layout can have."""
+        sharing = config.parallel.ulysses_sequence_parallel_size if layout.tokens else 1
+        # On CPUs a product of one row in 16-bit floats takes ten times as long as one of two.
+        is_slow_alone = jax.default_backend() == "cpu" and self.dtype.itemsize == 2
         return bucket_ladder(
             self.max_num_seqs,
             self.limits.max_num_batched_tokens,
             self.max_extra_rows,
-            config.parallel.ulysses_sequence_parallel_size if layout.tokens else 1,
+            math.lcm(sharing, 2 if is_slow_alone else 1),
             config.speculative.max_draft_len,
             config.speculative.suffix_use_tree_spec,
             config.speculative.drafts_on_device,

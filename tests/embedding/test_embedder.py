@@ -11,6 +11,7 @@ import tiny_encoder
 from safetensors.numpy import load_file, save_file
 
 from arctic_jax.config import EngineConfig
+from arctic_jax.embedding import runner
 from arctic_jax.embedding.embedder import Embedder, EmbeddingParams, _chunks
 from arctic_jax.embedding.pooling import Pooling, pool
 from arctic_jax.embedding.settings import EmbeddingSettings
@@ -23,6 +24,8 @@ TEXTS = ["a", "Hello there", "x" * 200, "naïve 日本語 🧑‍🚀", "the end
 
 
 def make(directory: Path, **options: object) -> Embedder:
+    """In float32, whatever the processor is fastest in: results are compared closely."""
+    options = {"dtype": "float32"} | options
     return Embedder(EngineConfig.from_keywords(model=str(directory), **options))
 
 
@@ -166,6 +169,27 @@ def test_a_bad_text_fails_alone(embedder: Embedder, bad: object) -> None:
     np.testing.assert_allclose(rows[[0, 2]], embedder.embed(["good", "fine"]), atol=2e-6)
     with pytest.raises(InvalidRequestError, match="text 1"):
         embedder.embed(texts)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about CPUs")
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [("avx2 avx512f avx512_bf16", "bfloat16"), ("avx2 avx512f", "float32"), (None, "float32")],
+)
+def test_cpus_that_multiply_bfloat16_do(
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    features: str | None,
+    dtype: str,
+) -> None:
+    described = tmp_path / "cpuinfo"
+    if features is not None:
+        described.write_text(f"processor\t: 0\nflags\t\t: fpu {features}\n")
+    monkeypatch.setattr(runner, "_PROCESSOR", described)
+    embedder = make(directory, dtype="auto", max_num_batched_tokens=64, max_model_len=32)
+    assert embedder.runner.dtype == dtype
+    assert embedder.embed(["one", "two"]).dtype == np.float32
 
 
 def test_random_weights(tmp_path: Path) -> None:
