@@ -30,6 +30,8 @@ class Case(cases.Case):
 LLAMA_8B_QKV = (8, 768, 4096)
 LLAMA_8B_MLP = (1, 2, 14336, 4096)
 QWEN3_06B_MLP = (1, 2, 3072, 1024)
+SMOLLM2_135M_QKV = (3, 320, 576)
+SMOLLM2_135M_MLP = (1, 2, 1536, 576)
 
 CASES = (
     Case("b1_qkv", 1, (2, 12, 1024), race_detection=True),
@@ -38,7 +40,9 @@ CASES = (
     Case("b1_llama_8b", 1, (1056, 4096)),  # more than one step a thread block
     Case("b1_llama_70b", 1, (6, 8192)),
     Case("b1_llama_70b_mlp", 1, (1, 2, 4, 8192), gated=True),
-    Case("b1_smollm2", 1, (3, 24, 576)),
+    Case("b1_smollm2", 1, (3, 24, 576), race_detection=True),
+    Case("b1_smollm2_mlp", 1, (2, 2, 24, 576), gated=True, race_detection=True),
+    Case("b1_qwen2_05b", 1, (16, 896), dtype="float16"),
     Case("b1_fp16", 1, (1, 2, 8, 2048), gated=True, dtype="float16"),
     Case("b1_fp32", 1, (24, 1024), dtype="float32"),
     Case("b1_bias", 1, (24, 1024), bias=True),
@@ -49,6 +53,8 @@ CASES = (
     Case("b1_llama_8b_qkv", 1, LLAMA_8B_QKV, tags="bench"),
     Case("b1_llama_8b_mlp", 1, LLAMA_8B_MLP, tags="bench", gated=True),
     Case("b1_qwen3_06b_mlp", 1, QWEN3_06B_MLP, tags="bench", gated=True),
+    Case("b1_smollm2_135m_qkv", 1, SMOLLM2_135M_QKV, tags="bench"),
+    Case("b1_smollm2_135m_mlp", 1, SMOLLM2_135M_MLP, tags="bench", gated=True),
     Case("b64_llama_8b_mlp", 64, LLAMA_8B_MLP, tags="bench", gated=True),
     Case("b256_llama_8b_mlp", 256, LLAMA_8B_MLP, tags="bench", gated=True),
 )

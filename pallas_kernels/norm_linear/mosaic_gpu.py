@@ -36,16 +36,19 @@ def unsupported(
     return norm.unsupported(x, delta, norm_weight)
 
 
-def rows_of_step(K: int, F: int, parts: int) -> int:
+def rows_of_step(K: int, F: int, parts: int, shards: int) -> int:
     """Return how many of F rows, each in `parts` matrices, a thread block multiplies at once.
 
-    0 if the rows do not fit: they are divided among 128 threads in vectors, and results are stored
-    in pairs.
+    0 if the rows do not fit `rows_layout`, or results cannot be stored in pairs.
     """
-    if K % (2 * WARPS * LANES):
-        return 0
     rows = [2**i for i in range(1, 7) if F % 2**i == 0 and 2**i * parts * K <= STEP]
-    return max(rows, default=0)
+    if K % (2 * WARPS * LANES) == 0:
+        return max(rows, default=0)
+    if K % (2 * LANES):
+        return 0
+    # Rows are short: as few at once as occupy the chip, a pair of them for each warp.
+    rows = [n for n in rows if n % (2 * WARPS) == 0]
+    return next((n for n in rows if shards * F // n <= BLOCKS), max(rows, default=0))
 
 
 # Traced once for all the layers of a model that call it with the same shapes.
@@ -64,7 +67,7 @@ def norm_linear(
     tokens, K = x.shape
     matrices = weight if gated else weight.reshape(1, 1, -1, K)
     shards, parts, F, _ = matrices.shape
-    rows = rows_of_step(K, F, parts)
+    rows = rows_of_step(K, F, parts, shards)
     if tokens > 1 or bias is not None or weight.dtype.itemsize != 2 or not rows:
         x, normed = norm.add_rms_norm(x, delta, norm_weight, epsilon, interpret)
         return x, linear(normed, weight, bias, gated=gated)
@@ -85,11 +88,22 @@ def norm_linear(
     )(x, delta, norm_weight, matrices)
 
 
-def _rows_layout(K: int) -> Any:
-    """Return how rows of K elements lie in registers: each divided among all the threads."""
-    vector = next(v for v in (8, 4, 2) if K % (WARPS * LANES * v) == 0)
-    tiles = (1, WARPS * LANES * vector), (LANES * vector,), (vector,)
-    return plgpu.Layout.TILED(plgpu.Tiling(tiles), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+def rows_layout(K: int) -> Any:
+    """Return how rows of K elements lie in registers.
+
+    Each is divided among all the threads, or, if it is too odd for that, among those of a warp.
+    """
+    if K % (2 * WARPS * LANES) == 0:
+        vector = next(v for v in (8, 4, 2) if K % (WARPS * LANES * v) == 0)
+        tiles = (1, WARPS * LANES * vector), (LANES * vector,), (vector,)
+        warps = -3
+    else:
+        vector = next(v for v in (8, 4, 2) if K % (LANES * v) == 0)
+        tiles = (2 * WARPS, LANES * vector), (2, LANES * vector), (vector,)
+        warps = -5
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(tiles), warp_dims=(warps,), lane_dims=(-2,), vector_dim=-1
+    )
 
 
 def _body(
@@ -107,7 +121,7 @@ def _body(
     dtype, block, blocks = x_gmem.dtype, lax.axis_index("block"), lax.axis_size("block")
     steps_of_shard = F // rows
     last = shards * steps_of_shard - 1
-    by_row = _rows_layout(K)
+    by_row = rows_layout(K)
     by_element = by_row.reduce(0)
     load = functools.partial(plgpu.load, optimized=False)
 
