@@ -7,8 +7,10 @@
 
 Workloads: `questions` (of `questions.jsonl` beside this file) and, with `--data`, `gsm8k`,
 `humaneval` and `spec_bench` (chat prompts, greedy answers), and `agent`, recorded software agents:
-each assistant turn is generated after its real history and forced to be what was recorded
-(`forced_answers.py`). FOLDER is laid out as `prompts/{gsm8k_test,humaneval,spec_bench}.jsonl` and
+each assistant turn is generated after its real history (the end of it, if all is too long) and
+forced to be what was recorded (`forced_answers.py`). The turns of a conversation come one after the
+other, with `--concurrency` conversations at a time; where that is more than there are, turns wait
+for nobody. FOLDER is laid out as `prompts/{gsm8k_test,humaneval,spec_bench}.jsonl` and
 `agent_trajectories/*.traj.json`.
 
 The baseline is an engine with a proposer that proposes nothing, whose steps then run in the same
@@ -26,7 +28,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ QUESTIONS = Path(__file__).with_name("questions.jsonl")
 OF_DATA = ("gsm8k", "humaneval", "spec_bench", "agent")
 Job = tuple[list[int], list[int] | None]
 """A prompt, and the answer that is forced, if any."""
+Conversations = list[list[tuple[int, Job]]]
+"""Numbered jobs, of which those of a conversation wait for each other."""
 
 
 def main() -> None:
@@ -67,7 +71,6 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=1, help="of each run; the median counts")
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--max-prompt-len", type=int, default=4096)
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument(
@@ -84,9 +87,9 @@ def main() -> None:
         parser.error("--data: only the workload questions needs none")
 
     files = open_model(LoadConfig(args.model))
-    jobs = {workload: load(workload, files.tokenizer, args) for workload in args.workloads}
-    if "agent" in jobs:
-        force(jobs["agent"])
+    work = {workload: load(workload, files.tokenizer, args) for workload in args.workloads}
+    if "agent" in work:
+        force([job for turns in work["agent"] for _, job in turns])
     rows: list[dict[str, Any]] = []
     for start, methods in engines(args):
         llm = LLM(
@@ -112,9 +115,12 @@ def main() -> None:
                 args.concurrency, configs.items()
             ):
                 row = {"workload": workload, "concurrency": concurrency, "method": method}
-                rounds = args.rounds * concurrency
-                some = list(enumerate(jobs[workload]))[:: -(-len(jobs[workload]) // rounds)]
-                measure(engine, config, some[:1], 1, 8)  # what happens only once is over
+                some = work[workload]
+                if workload != "agent":
+                    some = some[:: -(-len(some) // (args.rounds * concurrency))]
+                elif concurrency > len(some):
+                    some = [[turn] for turns in some for turn in turns]
+                measure(engine, config, [some[0][:1]], 1, 8)  # what happens only once is over
                 found = [
                     measure(engine, config, some, concurrency, args.max_tokens)
                     for _ in range(args.repeats)
@@ -183,55 +189,58 @@ def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str
         yield user, {name: user}
 
 
-def load(workload: str, tokenizer: Tokenizer, args: argparse.Namespace) -> Sequence[Job]:
+def load(workload: str, tokenizer: Tokenizer, args: argparse.Namespace) -> Conversations:
     """Return a workload's requests."""
+    number = itertools.count()
+    longest = args.max_model_len - args.max_tokens
     if workload == "agent":
-        jobs = list(agent_turns(args.data / "agent_trajectories", tokenizer))
-        # Turns of every length, not those of the first conversation.
-        jobs = jobs[:: max(1, len(jobs) // args.requests)]
-        jobs = [(p[-args.max_prompt_len :], a[: args.max_tokens]) for p, a in jobs if a]
-        return jobs[: args.requests]
+        conversations: Conversations = []
+        for path in sorted((args.data / "agent_trajectories").glob("*.traj.json")):
+            turns = [(p[-longest:], a[: args.max_tokens]) for p, a in agent_turns(path, tokenizer)]
+            conversations.append([(next(number), turn) for turn in turns])
+        return conversations
     name = "gsm8k_test" if workload == "gsm8k" else workload
     file = QUESTIONS if workload == "questions" else args.data / "prompts" / f"{name}.jsonl"
     conversations = list(read_prompts([file]))
     # Of every kind of prompt, not those that come first.
     chosen = conversations[:: max(1, len(conversations) // args.requests)][: args.requests]
     template = tokenizer.apply_chat_template
-    return [(list(template(messages))[: args.max_prompt_len], None) for messages in chosen]
+    return [[(next(number), (list(template(messages))[:longest], None))] for messages in chosen]
 
 
-def agent_turns(folder: Path, tokenizer: Tokenizer) -> Iterable[tuple[list[int], list[int]]]:
+def agent_turns(path: Path, tokenizer: Tokenizer) -> Iterable[tuple[list[int], list[int]]]:
     """Yield history and recorded answer of every assistant turn, as a ChatML conversation."""
 
     def tokens(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
-    for path in sorted(folder.glob("*.traj.json")):
-        context: list[int] = []
-        for message in json.loads(path.read_text())["history"]:
-            context += tokens(f"<|im_start|>{message['role']}\n")
-            content = tokens(f"{message['content']}<|im_end|>")
-            if message["role"] == "assistant":
-                yield context.copy(), content
-            context += content + tokens("\n")
+    context: list[int] = []
+    for message in json.loads(path.read_text())["history"]:
+        context += tokens(f"<|im_start|>{message['role']}\n")
+        content = tokens(f"{message['content']}<|im_end|>")
+        if message["role"] == "assistant" and message["content"]:
+            yield context.copy(), content
+        context += content + tokens("\n")
 
 
 def measure(
     engine: EngineCore,
     config: SpeculativeConfig,
-    jobs: Sequence[tuple[int, Job]],
+    conversations: Conversations,
     concurrency: int,
     longest: int,
 ) -> dict[str, Any]:
-    """Run numbered jobs, so many at a time; return rates and what came of drafts."""
+    """Run so many conversations at a time; return rates and what came of drafts."""
     engine.proposer = build_proposer(config) if config.kind else NoProposer()
     engine.reset_prefix_cache()
-    waiting = list(jobs)[::-1]
-    running = tokens = accepted = 0
+    waiting = [turns[::-1] for turns in conversations[::-1]]
+    running: dict[str, list[tuple[int, Job]]] = {}  # with what is left of its conversation
+    tokens = accepted = 0
     start = time.perf_counter()
     while waiting or running:
-        while waiting and running < concurrency:
-            i, (prompt, answer) = waiting.pop()
+        while waiting and len(running) < concurrency:
+            turns = waiting.pop()
+            i, (prompt, answer) = turns.pop()
             params = SamplingParams(
                 temperature=0,
                 max_tokens=len(answer) if answer else longest,
@@ -240,15 +249,16 @@ def measure(
                 seed=i if answer else MAX_SEED,  # see `forced_answers`
             )
             engine.add_request(str(i), prompt, params)
-            running += 1
+            running[str(i)] = turns
         for output in engine.step():
             if output.finished:
-                running -= 1
+                turns = running.pop(output.request_id)
+                waiting += [turns] if turns else []
                 tokens += len(output.outputs[0].token_ids)
                 accepted += output.metrics.num_accepted_tokens if output.metrics else 0
     seconds, stats = time.perf_counter() - start, engine.proposer.stats
     return {
-        "requests": len(jobs),
+        "requests": sum(map(len, conversations)),
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
         "tokens_per_step": tokens / (tokens - accepted),

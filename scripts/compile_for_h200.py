@@ -6,7 +6,8 @@
 
 Nothing runs, and nothing is timed: of several algorithms XLA takes its first. But copies, fusions
 and collectives are those of the real program: look here before a GPU is asked. A step of `--seqs`
-sequences is a decode step, unless it has more `--tokens`.
+sequences is a decode step, unless it has more `--tokens`. With `--drafts` it verifies so many
+drafted tokens of each sequence, and drafts as many for the next step by suffix decoding.
 
 Of our own kernels, with CUDA's `ptxas` on the path, `MOSAIC_GPU_DUMP_TO=FOLDER` with
 `MOSAIC_GPU_DUMP_PTX=1 MOSAIC_GPU_DUMP_PTXAS=1` writes the PTX, their registers and spills.
@@ -30,6 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from arctic_jax.engine.programs import COMPILER_OPTIONS
 from arctic_jax.engine.step_program import Step, StepProgram
+from arctic_jax.engine.suffix_matching import SuffixMatching
 from arctic_jax.kv_cache import KVCacheSpec, ModelCacheSpec
 from arctic_jax.models.layers import named_parameters
 from arctic_jax.models.registry import model_class
@@ -88,18 +90,22 @@ def step_program(args: argparse.Namespace, mesh: Mesh) -> StepProgram:
     cache = ModelCacheSpec(
         model_config.num_cache_layers, model.num_kv_groups, model_config.head_dim, heads
     )
+    drafting = SuffixMatching(args.drafts, args.seqs) if args.drafts else None
+    caches = (cache, *(drafting.caches() if drafting else ()))
     return StepProgram(
         cls,
         model_config,
         mesh.size,
         None,
         stacks,
-        KVCacheSpec((cache,), BLOCK_SIZE, dtype),
+        KVCacheSpec(caches, BLOCK_SIZE, dtype),
         max_blocks_per_seq=-(-args.max_model_len // BLOCK_SIZE),
         max_num_seqs=args.seqs,
         max_masks=args.seqs,
-        max_rows=args.seqs,
+        max_rows=args.seqs * (1 + args.drafts),
         max_logprobs=20,
+        max_draft_len=args.drafts,
+        drafting=drafting,
         has_inboxes=mesh.size > 1,
     )
 
@@ -134,6 +140,7 @@ def main() -> None:
     parser.add_argument("--layout", default="shift", choices=("shift", "ulysses"))
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--seqs", type=int, default=1)
+    parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--max-model-len", type=int, default=8448)
     parser.add_argument("--num-blocks", type=int, default=2048)
     parser.add_argument("--out", type=Path, help="for the optimized HLO")
@@ -143,8 +150,12 @@ def main() -> None:
     devices = h200s(tp * sp)
     mesh = Mesh(np.array(devices).reshape(tp, sp), ("tp", "sp"))
     program = step_program(args, mesh)
-    longest = 1 if args.tokens == args.seqs else args.tokens
-    bucket = Bucket(args.tokens, args.seqs, args.seqs, longest)
+    if args.drafts:
+        rows = args.seqs * (1 + args.drafts)
+        bucket = Bucket(rows, rows, args.seqs, 1 + args.drafts)
+    else:
+        longest = 1 if args.tokens == args.seqs else args.tokens
+        bucket = Bucket(args.tokens, args.seqs, args.seqs, longest)
     start = time.perf_counter()
     with dispatch.lowering_for_hopper():
         lowered = program.lower(Step(layouts_of(mesh)[args.layout], bucket, args.num_blocks), mesh)

@@ -81,7 +81,7 @@ def parts_for(machine: Machine, data: Path | None) -> list[Part]:
     methods = ["--speculator", f"{DEFAULT_MODEL}-speculator"]
     methods += ["--methods", "suffix", "arctic", "hybrid"]
     few = ["--concurrency", 1, "--requests", 4, "--max-tokens", 48, "--max-model-len", 512]
-    few += ["--max-prompt-len", 256, "--max-num-batched-tokens", 256]
+    few += ["--max-num-batched-tokens", 256]
     asked = [*methods, *(["--concurrency", 1, 8, "--repeats", 3] if on_gpus else few)]
     parts.append(Part("speculation_questions", "speculation", asked))
     if data is None:

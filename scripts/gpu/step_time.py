@@ -7,7 +7,8 @@ Decode steps of the dummy Llama-3.1-8B at a context of 1,024. `whole` is `Engine
 what its thread computes for it, waiting left out; `pack` and `dispatch` (packing within it) are
 parts of that; `device` is the time of a step when many are
 started one after the other without reading their results. With `--drafts`, those verify so many
-drafted tokens of each sequence; a step holds at most 256 of them.
+drafted tokens of each sequence; a step holds at most 256 of them. With `--suffix`, steps draft for
+the next one, too, by suffix decoding on the device.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--drafts", type=int, nargs="*", default=[0])
+    parser.add_argument("--suffix", action="store_true")
     parser.add_argument("--prefill", type=int, help="with --trace: tokens of a prefill step")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -64,7 +66,10 @@ def main() -> None:
         enable_prefix_caching=False,
         tensor_parallel_size=args.tensor_parallel_size,
         # Proposes nothing in random text: the verifying programs are what is wanted.
-        speculative_config={"method": "ngram", "num_speculative_tokens": max(args.drafts)}
+        speculative_config={
+            "method": "suffix" if args.suffix else "ngram",
+            "num_speculative_tokens": max(args.drafts),
+        }
         if max(args.drafts)
         else None,
     )
@@ -87,7 +92,8 @@ def main() -> None:
             engine.step()
         whole = median_ms(engine.step)
         host = median_ms(engine.step, clock=time.thread_time)
-        for drafted in args.drafts:
+        kinds = [(drafted, args.suffix) for drafted in args.drafts]
+        for drafted, drafts in [(0, False), *kinds] if args.suffix else kinds:
             scheduled = ScheduledBatch(
                 # The last tokens, as if they were drafted: their blocks are there.
                 tuple(
@@ -100,7 +106,8 @@ def main() -> None:
                         drafted,
                     )
                     for r in running
-                )
+                ),
+                drafts,
             )
             if scheduled.num_drafted > runner.max_extra_rows:
                 continue
@@ -123,6 +130,7 @@ def main() -> None:
             row = {
                 "batch": batch,
                 "drafted": drafted,
+                "drafts": drafts,
                 "whole": whole,
                 "host": host,
                 "pack": pack,
@@ -134,7 +142,7 @@ def main() -> None:
             print("  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
             if args.trace:
                 with jax.profiler.trace(
-                    str(args.out / f"trace_{batch}_{drafted}"), profiler_options=options
+                    str(args.out / f"trace_{batch}_{drafted}_{drafts:d}"), profiler_options=options
                 ):
                     jax.block_until_ready([launch() for _ in range(4)])
         for i in range(batch):
