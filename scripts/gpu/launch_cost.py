@@ -25,6 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import triton
 
 from arctic_jax import LLM, SamplingParams
 from arctic_jax.engine.programs import COMPILER_OPTIONS
@@ -147,6 +150,8 @@ def chains(on_gpu: bool) -> dict[str, Callable[[], Any]]:
         "cuBLAS": lambda x, i: x @ weight,
     }
     if on_gpu:
+        links["next to nothing, Mosaic"] = lambda x, i: add_one_by_mosaic(x)
+        links["next to nothing, Triton"] = lambda x, i: add_one_by_triton(x)
         ours = functools.partial(norm_linear, epsilon=1e-5, implementation="mosaic_gpu")
         links["ours"] = lambda x, i: ours(x, x, norm, weight)[1]
         links["ours with slices"] = lambda x, i: ours(x, x, norm, stack[i])[1]
@@ -161,6 +166,25 @@ def chains(on_gpu: bool) -> dict[str, Callable[[], Any]]:
         name: functools.partial(jax.jit(functools.partial(chain, link)), rows.get(name, x))
         for name, link in links.items()
     }
+
+
+def add_one_by_mosaic(x: Any) -> Any:
+    """A custom call, which XLA captures as a graph within the graph."""
+
+    def body(x_gmem: Any, out_gmem: Any) -> None:
+        out_gmem[0] = x_gmem[0] + 1
+
+    return plgpu.kernel(body, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+
+def add_one_by_triton(x: Any) -> Any:
+    """A kernel that XLA launches itself."""
+
+    def body(x_ref: Any, out_ref: Any) -> None:
+        out_ref[...] = x_ref[...] + 1
+
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(body, out_shape=out, compiler_params=triton.CompilerParams())(x)
 
 
 def host_events(launch: Callable[[], Any], steps: int = 10) -> dict[str, tuple[float, float]]:
