@@ -209,7 +209,8 @@ class LoadConfig:
     tokenizer: str | None = None
     revision: str | None = None
     dtype: str = "auto"
-    """`auto`: float32 on a CPU; else the checkpoint's, with bfloat16 for float32."""
+    """`auto`: float32 on a CPU; else the checkpoint's, with bfloat16 for float32. For embeddings
+    bfloat16, but float32 on a CPU that does not multiply it."""
     load_format: Literal["auto", "dummy"] = "auto"
     max_model_len: int | None = None
     implementation: str | None = None

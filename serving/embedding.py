@@ -42,7 +42,7 @@ def embed(
         bool, typer.Option("--skip-errors", help="A text that cannot be embedded gets NaN.")
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU.")
+        str, typer.Option(help="float32, bfloat16, float16; auto is the fastest here.")
     ] = LoadConfig.dtype,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest text; by default what the model was made for.")

@@ -497,7 +497,7 @@ def _max_model_len(wanted: int | None, model_config: ModelConfig) -> int:
 
 
 def _compute_dtype(dtype: str, model_config: ModelConfig) -> jnp.dtype:
-    """Resolve "auto": XLA's bfloat16 is slow on CPUs, and GPUs are made for it."""
+    """Resolve "auto": GPUs are made for 16 bits; on a CPU answers do not depend on the batch."""
     if dtype == "auto" and jax.default_backend() == "cpu":
         dtype = "float32"
     elif dtype == "auto":
