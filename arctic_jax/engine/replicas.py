@@ -117,8 +117,8 @@ class ReplicatedEngine:
 
     @property
     def has_requests(self) -> bool:
-        """Whether there is anything to do."""
-        return any(engine.has_requests for engine in self.engines)
+        """Whether there is anything to do; what steps have brought since the last call is, too."""
+        return bool(self._stepping) or any(engine.has_requests for engine in self.engines)
 
     @property
     def cores(self) -> list[EngineCore]:

@@ -1,5 +1,7 @@
 """Several engines behind the interface of one."""
 
+from concurrent.futures import wait
+
 import jax
 import numpy as np
 import plain_model
@@ -60,6 +62,17 @@ def test_the_least_loaded_gets_the_next(monkeypatch: pytest.MonkeyPatch) -> None
     engine.add_request("b", [2], GREEDY)  # the id is free again
     assert set(run(engine)) == {"b"}
     assert not engine.has_requests
+
+
+def test_what_a_replica_has_ended_meanwhile_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = replicated(monkeypatch, data_parallel_size=2)
+    engine.add_request("a", [1], GREEDY)
+    engine.add_request("b", [2], GREEDY)
+    done = set()
+    while engine.has_requests:
+        done |= {output.request_id for output in engine.step() if output.finished}
+        wait(engine._stepping.values())  # all are ready before anybody asks again
+    assert done == {"a", "b"}
 
 
 def test_replicas_draw_different_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
