@@ -57,6 +57,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level, options.host_tracer_level = 0, 3
+    options.enable_hlo_proto = False  # half a gigabyte
     llm = LLM(
         args.model,
         load_format="dummy",
