@@ -7,9 +7,7 @@ in flight: whole, with an output matrix of the frequent tokens, with it in FP8, 
 """
 
 import argparse
-import datetime
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from jax import Array
 
 from arctic_jax.models.lstm_speculator import GATES, lstm_cell
 from arctic_jax.models.speculator import SpeculatorNorm, product
+from arctic_jax.serving.environment import record
 
 HEADS = 3
 TOKEN_SCALE = 0.7
@@ -55,14 +54,7 @@ def main() -> None:
         }
         rows.append(row)
         print("  ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True)
-    document = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {"jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    args.out.write_text(json.dumps(record() | {"rows": rows}, indent=1) + "\n")
 
 
 def random_weights(size: int, vocab: int) -> Weights:

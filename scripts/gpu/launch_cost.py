@@ -10,11 +10,9 @@ that are started one after the other.
 
 import argparse
 import collections
-import datetime
 import functools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from arctic_jax.engine.programs import COMPILER_OPTIONS
 from arctic_jax.engine.step_program import Step
 from arctic_jax.pallas_kernels.norm_linear import norm_linear
 from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.serving.environment import record
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "as they are": {},
@@ -103,14 +102,8 @@ def main() -> None:
     events = host_events(lambda: runner.launch(scheduled).output)
     for name, (count, milliseconds) in list(events.items())[:40]:
         print(f"{milliseconds:9.3f} ms {count:6.1f} a step  {name:.100}")
-    document = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {"jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
-        "rows": rows,
-        "host_events_ms_a_step": {name: ms for name, (_, ms) in list(events.items())[:60]},
-    }
+    longest = {name: ms for name, (_, ms) in list(events.items())[:60]}
+    document = record() | {"rows": rows, "host_events_ms_a_step": longest}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -93,8 +93,8 @@ def main() -> None:
             engine.step()
         whole = median_ms(engine.step)
         host = median_ms(engine.step, clock=time.thread_time)
-        kinds = [(drafted, args.suffix) for drafted in args.drafts]
-        for drafted, drafts in [(0, False), *kinds] if args.suffix else kinds:
+        plain = [(0, False)] if args.suffix else []  # beside steps that draft, one that does not
+        for drafted, drafts in [*plain, *((drafted, args.suffix) for drafted in args.drafts)]:
             scheduled = ScheduledBatch(
                 # The last tokens, as if they were drafted: their blocks are there.
                 tuple(
