@@ -47,7 +47,12 @@ CASES = (
     Case("b1_fp32", 1, (24, 1024), dtype="float32"),
     Case("b1_bias", 1, (24, 1024), bias=True),
     Case("b1_odd_rows", 1, (7, 256)),
-    Case("b2_mlp", 2, (1, 2, 24, 1024), gated=True),
+    Case("b2_mlp", 2, (1, 2, 24, 1024), gated=True, race_detection=True),
+    Case("b2_long_rows", 2, (1, 2, 24, 2048), gated=True),
+    Case("b3_smollm2", 3, (3, 24, 576)),
+    Case("b8_smollm2_mlp", 8, (2, 2, 24, 576), gated=True, race_detection=True),
+    Case("b6_smollm2", 6, (1, 2160, 576)),  # more than one step a thread block
+    Case("b7_too_many", 7, (1, 4800, 576)),
     Case("b3_bias", 3, (2, 2, 16, 576), gated=True, bias=True),
     Case("hidden_100", 1, (8, 100)),
     Case("b1_llama_8b_qkv", 1, LLAMA_8B_QKV, tags="bench"),
@@ -55,6 +60,15 @@ CASES = (
     Case("b1_qwen3_06b_mlp", 1, QWEN3_06B_MLP, tags="bench", gated=True),
     Case("b1_smollm2_135m_qkv", 1, SMOLLM2_135M_QKV, tags="bench"),
     Case("b1_smollm2_135m_mlp", 1, SMOLLM2_135M_MLP, tags="bench", gated=True),
+    *(
+        Case(f"b{tokens}_{model}_{name}", tokens, weight, tags="bench", gated=name == "mlp")
+        for model, name, weight in (
+            ("smollm2_135m", "qkv", SMOLLM2_135M_QKV),
+            ("smollm2_135m", "mlp", SMOLLM2_135M_MLP),
+            ("qwen3_06b", "mlp", QWEN3_06B_MLP),
+        )
+        for tokens in (4, 8, 16)
+    ),
     Case("b64_llama_8b_mlp", 64, LLAMA_8B_MLP, tags="bench", gated=True),
     Case("b256_llama_8b_mlp", 256, LLAMA_8B_MLP, tags="bench", gated=True),
 )

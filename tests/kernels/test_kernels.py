@@ -108,30 +108,30 @@ def test_every_operation_has_cases():
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def bench(monkeypatch):
     monkeypatch.syspath_prepend(ROOT.parent)
     return importlib.import_module("benchmarks.kernels")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_benchmark_measures_it(operation, benchmark, monkeypatch):
-    monkeypatch.setattr(benchmark, "MOST_CHAINED", 3)
-    monkeypatch.setattr(benchmark, "LONG_S", 0)  # no slope of many launches
+def test_the_benchmark_measures_it(operation, bench, monkeypatch):
+    monkeypatch.setattr(bench, "MOST_CHAINED", 3)
+    monkeypatch.setattr(bench, "LONG_S", 0)  # no slope of many launches
     ceiling = {"bytes_per_s": 4e12, "flop_per_s": 7e14}
     _, _, cases = modules(operation)
     case = min(cases.CASES, key=cases.cost)  # of one operation it costs nothing at all
     with ThreadPoolExecutor(1) as pool:
-        candidate = benchmark.Candidate(operation, case, "xla", pool)
+        candidate = bench.Candidate(operation, case, "xla", pool)
         candidate.look()
         candidate.lengthen(ceiling, pool)
-    (row,) = benchmark.measure([candidate], ["xla"], ceiling, profile=False)
+    (row,) = bench.measure([candidate], ["xla"], ceiling, profile=False)
     assert (row["operation"], row["case"], row["difference"]) == (operation, case.name, 0)
     assert 0 < row["us"] < 1e6
-    assert benchmark.show(row).startswith(operation)
+    assert bench.show(row).startswith(operation)
 
 
 @pytest.mark.parametrize(("count", "ends"), [(1, [1, 0]), (2, [0, 2]), (5, [5, 3])])
-def test_calls_of_a_chain_depend_on_each_other(count, ends, benchmark):
+def test_calls_of_a_chain_depend_on_each_other(count, ends, bench):
     """They go round the sets of arguments."""
-    program = benchmark.chain(lambda x: x + 1, lambda arguments, output: (output,), count)
+    program = bench.chain(lambda x: x + 1, lambda arguments, output: (output,), count)
     assert [int(x) for (x,) in program([(jnp.int32(0),), (jnp.int32(0),)])] == ends
