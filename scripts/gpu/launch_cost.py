@@ -5,12 +5,15 @@
 A decode step of one sequence, compiled from one lowering with different options, in turns; then
 chains of one kind of kernel each; then the time line of the host's threads during a few steps.
 `launch` is the time of the call that starts a program on an idle device, `step` that of one of many
-that are started one after the other.
+that are started one after the other. Of a chain, `step` is with results that are kept, so that each
+lies elsewhere and XLA changes the graph, `in place` with results that are dropped, whose memory the
+next takes, and `kernel` and `pause` are the device's, by a profile.
 """
 
 import argparse
 import collections
 import functools
+import itertools
 import json
 import statistics
 import tempfile
@@ -97,8 +100,12 @@ def main() -> None:
     for name, chain in chains(on_gpu).items():
         chain()
         launch, pace = (t / LINKS * 1e6 for t in timed(chain))
-        rows.append({"what": name, "launch_us_a_kernel": launch, "step_us_a_kernel": pace})
-        print(f"{name:24} launch {launch:.2f} us, step {pace:.2f} us a kernel", flush=True)
+        in_place = timed_in_place(chain) / LINKS * 1e6
+        kernel, pause = on_device(chain) if on_gpu else (0.0, 0.0)
+        figures = {"launch": launch, "step": pace, "in_place": in_place}
+        figures |= {"kernel": kernel, "pause": pause}
+        rows.append({"what": name} | {f"{key}_us_a_kernel": us for key, us in figures.items()})
+        print(name.ljust(24), ", ".join(f"{key} {us:.2f} us" for key, us in figures.items()))
     events = host_events(lambda: runner.launch(scheduled).output)
     for name, (count, milliseconds) in list(events.items())[:40]:
         print(f"{milliseconds:9.3f} ms {count:6.1f} a step  {name:.100}")
@@ -133,6 +140,16 @@ def timed(launch: Callable[[], Any], repeats: int = 30) -> tuple[float, float]:
     return statistics.median(alone), (time.perf_counter() - start) / repeats
 
 
+def timed_in_place(launch: Callable[[], Any], repeats: int = 30) -> float:
+    """Return the seconds of one of many launches, each of which may take the last one's memory."""
+    output = jax.block_until_ready(launch())
+    start = time.perf_counter()
+    for _ in range(repeats):
+        output = launch()
+    jax.block_until_ready(output)
+    return (time.perf_counter() - start) / repeats
+
+
 def chains(on_gpu: bool) -> dict[str, Callable[[], Any]]:
     """Return programs of many kernels of one kind, each of which needs the one before."""
     x = jnp.ones((1, 512), jnp.bfloat16)
@@ -140,7 +157,7 @@ def chains(on_gpu: bool) -> dict[str, Callable[[], Any]]:
     stack = jnp.ones((LINKS, 512, 512), jnp.bfloat16)
     links: dict[str, Callable[[Any, int], Any]] = {
         "XLA's reductions": lambda x, i: (x * x.sum()).astype(x.dtype),
-        "cuBLAS": lambda x, i: x @ weight,
+        "XLA's products, of two kernels": lambda x, i: x @ weight,
     }
     if on_gpu:
         links["next to nothing, Mosaic"] = lambda x, i: add_one_by_mosaic(x)
@@ -154,7 +171,7 @@ def chains(on_gpu: bool) -> dict[str, Callable[[], Any]]:
             x = jax.lax.optimization_barrier(link(x, i))
         return x
 
-    rows = {"cuBLAS": jnp.ones((16, 512), jnp.bfloat16)}
+    rows = {"XLA's products, of two kernels": jnp.ones((16, 512), jnp.bfloat16)}
     return {
         name: functools.partial(jax.jit(functools.partial(chain, link)), rows.get(name, x))
         for name, link in links.items()
@@ -180,24 +197,43 @@ def add_one_by_triton(x: Any) -> Any:
     return pl.pallas_call(body, out_shape=out, compiler_params=triton.CompilerParams())(x)
 
 
-def host_events(launch: Callable[[], Any], steps: int = 10) -> dict[str, tuple[float, float]]:
-    """Return what the host's threads did, longest first: how often and for how long a step."""
+def profiled(launch: Callable[[], Any], steps: int, host_tracer_level: int) -> list[Any]:
+    """Return the planes of a profile of some steps, each waited for."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level, options.host_tracer_level = 0, 3
+    options.python_tracer_level, options.host_tracer_level = 0, host_tracer_level
     options.enable_hlo_proto = False
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(steps):
                 jax.block_until_ready(launch())
         path = next(Path(folder).rglob("*.xplane.pb"))
-        profile = jax.profiler.ProfileData.from_file(str(path))
-        count: collections.Counter[str] = collections.Counter()
-        spent: collections.Counter[str] = collections.Counter()
-        for plane in profile.planes:
-            for line in plane.lines if plane.name.startswith("/host") else ():
-                for event in line.events:
-                    count[event.name] += 1
-                    spent[event.name] += event.duration_ns
+        return list(jax.profiler.ProfileData.from_file(str(path)).planes)
+
+
+def on_device(launch: Callable[[], Any]) -> tuple[float, float]:
+    """Return the median microseconds of a kernel, and of the time until the next one begins."""
+    kernels = sorted(
+        (event.start_ns, event.start_ns + event.duration_ns)
+        for plane in profiled(launch, 4, 0)
+        if "GPU" in plane.name
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+    )
+    pauses = [begin - end for (_, end), (begin, _) in itertools.pairwise(kernels)]
+    length = statistics.median(end - begin for begin, end in kernels)
+    return length / 1e3, statistics.median(pauses) / 1e3
+
+
+def host_events(launch: Callable[[], Any], steps: int = 10) -> dict[str, tuple[float, float]]:
+    """Return what the host's threads did, longest first: how often and for how long a step."""
+    count: collections.Counter[str] = collections.Counter()
+    spent: collections.Counter[str] = collections.Counter()
+    for plane in profiled(launch, steps, 3):
+        for line in plane.lines if plane.name.startswith("/host") else ():
+            for event in line.events:
+                count[event.name] += 1
+                spent[event.name] += event.duration_ns
     return {name: (count[name] / steps, ns / steps / 1e6) for name, ns in spent.most_common()}
 
 
