@@ -90,13 +90,18 @@ class ReplicatedEngine:
         self._engine_of[request_id] = least
 
     def step(self) -> list[RequestOutput]:
-        """Let every engine that has requests step; return what changed as soon as something has."""
+        """Let every engine that has requests step; return what changed as soon as something has.
+
+        An error of one comes when nothing that others brought is left to be returned.
+        """
         for i, engine in enumerate(self.engines):
             if i not in self._stepping and engine.has_requests:
                 self._stepping[i] = self._threads.submit(self._step, i)
         wait(self._stepping.values(), return_when=FIRST_COMPLETED)
+        done = [i for i, stepping in self._stepping.items() if stepping.done()]
+        fine = [i for i in done if self._stepping[i].exception() is None]
         outputs: list[RequestOutput] = []
-        for i in [i for i, stepping in self._stepping.items() if stepping.done()]:
+        for i in fine or done[:1]:
             outputs += self._stepping.pop(i).result()
         for output in outputs:
             if output.finished:

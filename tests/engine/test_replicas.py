@@ -1,6 +1,6 @@
 """Several engines behind the interface of one."""
 
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from arctic_jax.config import EngineConfig
 from arctic_jax.engine import replicas
 from arctic_jax.engine.replicas import ReplicatedEngine
 from arctic_jax.errors import InvalidRequestError
-from arctic_jax.request import SamplingParams
+from arctic_jax.request import RequestOutput, SamplingParams
 
 TENSORS = make_tensors()
 RANDOM = np.random.default_rng(0)
@@ -73,6 +73,23 @@ def test_what_a_replica_has_ended_meanwhile_is_not_lost(monkeypatch: pytest.Monk
         done |= {output.request_id for output in engine.step() if output.finished}
         wait(engine._stepping.values())  # all are ready before anybody asks again
     assert done == {"a", "b"}
+
+
+def test_an_error_does_not_take_what_others_have_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = replicated(monkeypatch, data_parallel_size=2)
+    engine.add_request("a", [1], GREEDY)
+    aborted = engine.abort("a")
+    assert aborted is not None
+    failed: Future[list[RequestOutput]] = Future()
+    failed.set_exception(RuntimeError("no device"))
+    fine: Future[list[RequestOutput]] = Future()
+    fine.set_result([aborted])
+    engine._stepping = {0: failed, 1: fine}
+    assert engine.step() == [aborted]
+    assert engine.has_requests
+    with pytest.raises(RuntimeError, match="no device"):
+        engine.step()
+    assert not engine.has_requests
 
 
 def test_replicas_draw_different_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
