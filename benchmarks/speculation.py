@@ -71,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=1, help="of each run; the median counts")
     parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument(
@@ -94,6 +95,7 @@ def main() -> None:
     for start, methods in engines(args):
         llm = LLM(
             args.model,
+            dtype=args.dtype,
             max_model_len=args.max_model_len,
             max_num_seqs=max(args.concurrency),
             max_num_batched_tokens=args.max_num_batched_tokens,
