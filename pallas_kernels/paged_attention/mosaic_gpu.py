@@ -176,23 +176,23 @@ def decode(
         block_tables = jnp.repeat(block_tables, parts, axis=0)
         S = S * parts
 
-    # The query rows of a head group start at a multiple of 8 rows or lie within 8: TMA tiles.
-    if Q == 1 and H % 8 == 0 and (G % 8 == 0 or 8 % G == 0):
-        rows, stride = q, G
+    # A head group's rows come in TMA tiles of 8; where there are fewer, zeros fill the tile.
+    num_rows = Q * G
+    if Q == 1 and (G < 8 or G % 8 == 0):
+        rows, is_gathered = q.reshape(T, KV, G, D), into is None
     else:
-        stride = -(-Q * G // 8) * 8
         of_sequence = jnp.minimum(query_start_loc[:-1, None] + jnp.arange(Q), T - 1)
-        rows = q if Q == 1 and into is None else q[of_sequence]
-        rows = jnp.moveaxis(rows.reshape(S, Q, KV, G, D), 1, 2).reshape(S, KV, Q * G, D)
-        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, stride - Q * G), (0, 0)))
-        rows = rows.reshape(S, KV * stride, D)
+        rows = jnp.moveaxis(q[of_sequence].reshape(S, Q, KV, G, D), 1, 2)
+        rows, is_gathered = rows.reshape(S, KV, num_rows, D), True
+        if num_rows > 8:
+            rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -num_rows % 8), (0, 0)))
     masks = [] if draft_mask is None else [_row_masks(draft_mask, query_start_loc, Q, G)]
     contexts = jnp.stack([seq_lens, splits_of(seq_lens, KV, sliding_window, config)])
 
     out_type = [jax.ShapeDtypeStruct((T, H, D), q.dtype)]
     if splits > 1:
         out_type += [
-            jax.ShapeDtypeStruct((S, KV, splits, Q * G, D), jnp.float32),
+            jax.ShapeDtypeStruct((S, KV, splits, num_rows, D), jnp.float32),
             jax.ShapeDtypeStruct((S, KV, splits, ROWS), jnp.float32),
         ]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -221,11 +221,10 @@ def decode(
         _decode_body,
         is_masked=bool(masks),
         is_scattered=into is not None,
-        is_gathered=into is None or rows is not q,
+        is_gathered=is_gathered,
         config=config,
         group=G,
         queries=Q,
-        row_stride=stride,
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
@@ -243,8 +242,8 @@ def decode(
     out, *partial = launch("decode", body, arguments, grid, into, out_type, scratch)
     if splits == 1:
         return out
-    body = functools.partial(_merge_body, group=G, row_stride=stride, is_scattered=into is not None)
-    grid = {"row": Q * G, "head": KV, "sequence": S}
+    body = functools.partial(_merge_body, group=G, is_scattered=into is not None)
+    grid = {"row": num_rows, "head": KV, "sequence": S}
     return launch("merge", body, (*partial, query_start_loc, contexts), grid, out, out_type[:1])[0]
 
 
@@ -338,12 +337,10 @@ class _Queries(NamedTuple):
     Attributes:
         start: its first row.
         num: how many there are.
-        offset: of the first one of this head group in shared memory.
     """
 
     start: Array
     num: Array | int
-    offset: Array
 
 
 class _Keys(NamedTuple):
@@ -369,7 +366,7 @@ class _ThreadBlock:
     """What one thread block sees and does.
 
     Attributes:
-        q_gmem: `[S, rows, D]` if queries are gathered, else `[T, rows, D]`.
+        q_gmem: `[S, KV, rows, D]` if queries are gathered, else `[T, KV, rows, D]`.
         k_gmem, v_gmem: `[layers * blocks, KV, block_size, D]`.
         first_gmem: `[1]`, the layer's first block.
         tables_gmem: `[S, B]`.
@@ -401,7 +398,6 @@ class _ThreadBlock:
     config: Config
     group: int
     queries: int
-    row_stride: int
     scale: float
     sliding_window: int | None
     soft_cap: float | None
@@ -433,7 +429,7 @@ class _ThreadBlock:
                 self._fetch(keys, i, i, self.k_gmem, self.k_smem, self.k_barriers)
                 self._fetch(keys, i, i, self.v_gmem, self.v_smem, self.v_barriers)
 
-        D = self.q_gmem.shape[2]
+        D = self.q_gmem.shape[3]
         by_row = plgpu.Layout.WGMMA.reduce(1)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
         row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), by_row)
@@ -449,19 +445,18 @@ class _ThreadBlock:
         self._store(queries, splits, *carry)
 
     def _fetch_queries(self) -> _Queries:
-        """Ask for this head group's rows, from the multiple of 8 below the first one."""
-        sequence = lax.axis_index("sequence")
-        first_row = lax.axis_index("head") * self.row_stride
-        offset = lax.rem(first_row, 8)
-        loaded = -(-self.queries * self.group // 8) * 8
+        """Ask for this head group's rows; past the last one TMA reads zeros."""
+        sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
+        loaded = -(-self.q_gmem.shape[2] // 8) * 8
         start, count = _queries(sequence, self.starts_gmem, self.queries, self.is_scattered)
-        rows = pl.ds(pl.multiple_of(first_row - offset, 8), loaded)
+        # Not static: a static slice may not pass the end.
+        rows = pl.ds(pl.multiple_of(0 * sequence, 8), loaded)
         plgpu.copy_gmem_to_smem(
-            self.q_gmem.at[sequence if self.is_gathered else start, rows],
+            self.q_gmem.at[sequence if self.is_gathered else start, head, rows],
             self.q_smem.at[pl.ds(0, loaded)],
             self.q_barrier,
         )
-        return _Queries(start, count, offset)
+        return _Queries(start, count)
 
     def _keys(self, queries: _Queries, length: Array, splits: Array) -> _Keys:
         """Return which keys are this split's: as many tiles as another's, but at the end."""
@@ -544,7 +539,7 @@ class _ThreadBlock:
             visible = position < 0
             return visible if window is None else visible & (position >= -window)
         by_row = plgpu.Layout.WGMMA.reduce(1)
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row) - queries.offset
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
         query = lax.broadcast_in_dim(lax.div(row, self.group) - queries.num, shape, [0])
         if masks is not None:
             return visible_keys(query - position, *masks, window)
@@ -569,7 +564,7 @@ class _ThreadBlock:
             plgpu.wgmma(product, left, self.v_smem.at[slot])
             return product[...]
 
-        return pl.run_scoped(pv, plgpu.ACC((ROWS, self.q_gmem.shape[2]), jnp.float32))
+        return pl.run_scoped(pv, plgpu.ACC((ROWS, self.q_gmem.shape[3]), jnp.float32))
 
     def _store(
         self, queries: _Queries, splits: Array, acc: Array, row_max: Array, row_sum: Array
@@ -582,7 +577,7 @@ class _ThreadBlock:
         else:
             lse = row_max + jnp.log2(row_sum)
             pl.when(splits == 1)(functools.partial(self._store_rows, queries, acc))
-            pl.when(splits > 1)(functools.partial(self._store_partial, queries, acc, lse))
+            pl.when(splits > 1)(functools.partial(self._store_partial, acc, lse))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _store_rows(self, queries: _Queries, acc: Array) -> None:
@@ -593,17 +588,17 @@ class _ThreadBlock:
 
             @pl.when(i < queries.num)
             def _(i=i):
-                rows = pl.ds(queries.offset + i * self.group, self.group)
+                rows = pl.ds(i * self.group, self.group)
                 plgpu.copy_smem_to_gmem(
                     self.out_smem.at[rows], self.out_gmem.at[queries.start + i, heads]
                 )
 
-    def _store_partial(self, queries: _Queries, acc: Array, lse: Array) -> None:
+    def _store_partial(self, acc: Array, lse: Array) -> None:
         self.partial_smem[...] = acc
         self.lse_smem[...] = lse
         plgpu.commit_smem()
         of_split = tuple(lax.axis_index(name) for name in ("sequence", "head", "split"))
-        rows = pl.ds(queries.offset, self.queries * self.group)
+        rows = pl.ds(0, self.queries * self.group)
         plgpu.copy_smem_to_gmem(self.partial_smem.at[rows], self.partial_gmem.at[of_split])
         plgpu.copy_smem_to_gmem(self.lse_smem, self.lse_gmem.at[of_split])
 
@@ -624,7 +619,6 @@ def _merge_body(
     out_gmem,  # [T, H, D]
     *,
     group: int,
-    row_stride: int,
     is_scattered: bool,
 ):
     D = splits_gmem.shape[4]
@@ -639,9 +633,8 @@ def _merge_body(
     def _():
         # The weight of a split is its share of the sum of exponentials. All are loaded at once; for
         # those that this context does not have, its last one comes again, and weighs nothing.
-        offset = lax.rem(head * row_stride, 8)
         last = [jnp.minimum(split, splits - 1) for split in range(splits_gmem.shape[2])]
-        lse = [lse_gmem[sequence, head, index, offset + row] for index in last]
+        lse = [lse_gmem[sequence, head, index, row] for index in last]
         lse = [jnp.where(split < splits, x, MASKED) for split, x in enumerate(lse)]
         largest = functools.reduce(jnp.maximum, lse)
         weights = [jnp.exp2(x - largest) for x in lse]
