@@ -202,6 +202,7 @@ def bucket_ladder(
     max_draft_len: int = 0,
     drafts_trees: bool = False,
     drafts_on_device: bool = False,
+    least: int = 1,
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
@@ -218,10 +219,11 @@ def bucket_ladder(
         max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
         drafts_trees: whether drafts may be trees.
         drafts_on_device: whether decode steps come without drafting for the next one, too.
+        least: sequences, and so tokens, that every step has room for.
     """
 
     def up(n: int) -> int:
-        return -(-n // multiple) * multiple
+        return -(-max(n, least) // multiple) * multiple
 
     # Each sequence of a step has a token.
     decode = {up(n) for n in _rungs(1, min(max_num_seqs, max_num_batched_tokens), 64)}
@@ -239,10 +241,10 @@ def bucket_ladder(
     if max_draft_len:
         longest = 1 + max_draft_len
         most = min(max_num_seqs * longest, max_num_seqs + max_extra_rows, max_num_batched_tokens)
-        verifying = {up(n) for n in _rungs(2, most, 64)}
-        ladder |= {Bucket(n, n, min(n - 1, seqs), longest) for n in verifying if n > 1}
+        verifying = {up(max(n, least + 1)) for n in _rungs(2, most, 64)}
+        ladder |= {Bucket(n, n, min(n - 1, seqs), longest) for n in verifying}
         # With the longest drafts there are few sequences, whose contexts attention can split finer.
-        few = {n: min(n // longest, seqs) for n in verifying if longest <= n <= 64}
+        few = {n: max(min(n // longest, seqs), least) for n in verifying if longest <= n <= 64}
         ladder |= {Bucket(n, n, count, longest) for n, count in few.items()}
     if drafts_on_device:
         ladder |= {Bucket(n, n, n, 1, drafts=False) for n in decode}

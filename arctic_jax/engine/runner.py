@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import logging
-import math
 import os
 import statistics
 import threading
@@ -245,10 +244,11 @@ class ModelRunner:
             self.max_num_seqs,
             self.limits.max_num_batched_tokens,
             self.max_extra_rows,
-            math.lcm(sharing, 2 if is_slow_alone else 1),
+            sharing,
             config.speculative.max_draft_len,
             config.speculative.suffix_use_tree_spec,
             config.speculative.drafts_on_device,
+            least=2 if is_slow_alone else 1,
         )
 
     def _load(

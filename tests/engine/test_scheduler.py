@@ -452,3 +452,15 @@ def test_shapes_for_drafts_are_for_drafts(
     ladder = bucket_ladder(32, 256, 64, multiple=1, max_draft_len=15)
     bucket = Bucket.fit(ScheduledBatch(tuple(parts)), ladder)
     assert (bucket.num_seqs, bucket.max_query_len) == (num_seqs, max_query_len)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 15])
+def test_steps_have_room_for_the_least_number_of_sequences(longest: int) -> None:
+    ladder = bucket_ladder(1, 256, 15, 1, max_draft_len=longest, drafts_on_device=True, least=2)
+    assert min(bucket.num_seqs for bucket in ladder) == 2
+    part = ScheduledRequest(
+        request_of(8), 7, 1 + longest, 1 + longest, samples=True, num_drafted=longest
+    )
+    assert Bucket.fit(ScheduledBatch((part,)), ladder).num_tokens <= max(1 + longest, 3)
+    plain = ScheduledRequest(request_of(8), 7, 1, 1, samples=True)
+    assert Bucket.fit(ScheduledBatch((plain,)), ladder).num_tokens == 2
