@@ -241,7 +241,7 @@ def bucket_ladder(
     if max_draft_len:
         longest = 1 + max_draft_len
         most = min(max_num_seqs * longest, max_num_seqs + max_extra_rows, max_num_batched_tokens)
-        verifying = {up(max(n, least + 1)) for n in _rungs(2, most, 64)}
+        verifying = {up(max(n, least + 1)) for n in _rungs(2, most, 64) if n > 1}
         ladder |= {Bucket(n, n, min(n - 1, seqs), longest) for n in verifying}
         # With the longest drafts there are few sequences, whose contexts attention can split finer.
         few = {n: max(min(n // longest, seqs), least) for n in verifying if longest <= n <= 64}
