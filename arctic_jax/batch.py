@@ -26,6 +26,8 @@ from arctic_jax.scheduled_batch import Bucket
         "token_source",
         "before_row",
         "before_drafted",
+        "before_stride",
+        "before_rounds",
         "positions",
         "slot_mapping",
         "query_start_loc",
@@ -48,6 +50,7 @@ from arctic_jax.scheduled_batch import Bucket
         "repetition_penalty",
         "seed",
         "want_logprobs",
+        "num_rounds",
     ],
     meta_fields=["max_query_len"],
 )
@@ -60,8 +63,10 @@ class ForwardBatch:
         token_source: `[T]` which of the `StepOutput.tokens_of` the step before this token is; -1 if
             it is known.
         before_row: `[S]` the last row of each sequence in the step before; only read where ...
-        before_drafted: `[S]` ... that many drafted tokens were verified there. How many were right
-            the host does not know yet: it supposes all.
+        before_drafted: `[S]` ... that many drafted tokens were verified there, in each round. How
+            many were right the host does not know yet: it supposes all.
+        before_stride: `[]` rows of the output of a round of that step ...
+        before_rounds: `[]` ... and how many rounds it had.
         positions: `[T]` of each token in its sequence.
         slot_mapping: `[T]` where its key and value go; -1 for padding.
         query_start_loc: `[S+1]`; empty slots repeat the end.
@@ -82,6 +87,8 @@ class ForwardBatch:
         temperature: `[S]`, and so on for the other sampling parameters.
         seed: `[S, 2]` words of a 64-bit seed.
         want_logprobs: `[]`, whether any row reports log-probabilities.
+        num_rounds: `[S]` in how many of the step's rounds each sequence draws; `None` in a step of
+            one round.
         max_query_len: see `Bucket`.
     """
 
@@ -89,6 +96,8 @@ class ForwardBatch:
     token_source: Array
     before_row: Array
     before_drafted: Array
+    before_stride: Array
+    before_rounds: Array
     positions: Array
     slot_mapping: Array
     query_start_loc: Array
@@ -111,6 +120,7 @@ class ForwardBatch:
     repetition_penalty: Array
     seed: Array
     want_logprobs: Array
+    num_rounds: Array | None
     max_query_len: int
 
 
@@ -133,13 +143,15 @@ _FLOATS = frozenset(
 def _shapes(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
     T, R, S = bucket.num_tokens, bucket.num_rows, bucket.num_seqs
     special = {"query_start_loc": (S + 1,), "block_tables": (S, max_blocks), "seed": (S, 2)}
-    special["want_logprobs"] = ()
+    special |= dict.fromkeys(("want_logprobs", "before_stride", "before_rounds"), ())
     shapes = {}
     for f in fields(ForwardBatch):
         if f.name in ("token_ids", "token_source", "positions", "slot_mapping"):
             shapes[f.name] = (T,)
         elif f.name == "draft_mask":
             shapes |= {f.name: (T,)} if bucket.has_trees else {}
+        elif f.name == "num_rounds":
+            shapes |= {f.name: (S,)} if bucket.num_rounds > 1 else {}
         elif f.name == "logit_rows" or f.name.startswith("row_"):
             shapes[f.name] = (R,)
         elif f.name != "max_query_len":
@@ -175,7 +187,7 @@ def host_views(
 
 def unpack(packed: Array, bucket: Bucket, max_blocks: int) -> ForwardBatch:
     """Rebuild the batch inside the program."""
-    values: dict[str, Any] = {} if bucket.has_trees else {"draft_mask": None}
+    values: dict[str, Any] = {"draft_mask": None, "num_rounds": None}
     for name, (start, shape) in _layout(bucket, max_blocks)[0].items():
         value = packed[start : start + math.prod(shape)].reshape(shape)
         values[name] = lax.bitcast_convert_type(value, jnp.float32) if name in _FLOATS else value
@@ -183,7 +195,12 @@ def unpack(packed: Array, bucket: Bucket, max_blocks: int) -> ForwardBatch:
 
 
 def resolve(
-    batch: ForwardBatch, before: Array, num_drafted: int, max_draft_len: int, block_size: int
+    batch: ForwardBatch,
+    before: Array,
+    num_drafted: int,
+    max_draft_len: int,
+    max_rounds: int,
+    block_size: int,
 ) -> ForwardBatch:
     """Put in what the host did not know when it packed the batch.
 
@@ -191,25 +208,28 @@ def resolve(
         batch: as it was packed.
         before: the packed output of the step before.
         num_drafted: tokens of each draft in it.
-        max_draft_len: most drafted tokens that it verified for a sequence.
+        max_draft_len: most drafted tokens that it verified for a sequence in a round.
+        max_rounds: most that it had.
         block_size: of the cache.
     """
     tokens, source = StepOutput.tokens_of(before, num_drafted), batch.token_source
     if not num_drafted:
         drawn = tokens[jnp.maximum(source, 0)]
         return replace(batch, token_ids=jnp.where(source < 0, batch.token_ids, drawn))
-    back = jnp.arange(max_draft_len)
-    draws = tokens[jnp.maximum(batch.before_row[:, None] - back, 0)]
-    wrong = ((draws < 0) & (back < batch.before_drafted[:, None])).sum(1)
-    later = jnp.arange(len(source))[:, None] >= batch.query_start_loc[None, 1:-1]
-    seq = later.sum(1)
-    too_far = jnp.where(batch.slot_mapping < 0, 0, wrong[seq])
-    drawn = tokens[jnp.maximum(source - jnp.where(source < len(before), too_far, 0), 0)]
-    token_ids = jnp.where(source < 0, batch.token_ids, jnp.maximum(drawn, 0))
+    back, rounds = jnp.arange(max_draft_len), jnp.arange(max_rounds)[:, None]
+    rows = batch.before_row[:, None, None] - rounds * batch.before_stride - back
+    verified = (back < batch.before_drafted[:, None, None]) & (rounds < batch.before_rounds)
+    wrong_of_round = ((tokens[jnp.maximum(rows, 0)] < 0) & verified).sum(2)
+    wrong, seq = wrong_of_round.sum(1), sequence_of_tokens(batch)
+    is_real = batch.slot_mapping >= 0
+    too_far = jnp.where(is_real, wrong[seq], 0)
+    source -= jnp.where(is_real & (source < len(before)), wrong_of_round[seq, 0], 0)
+    drawn = tokens[jnp.maximum(source, 0)]
+    token_ids = jnp.where(batch.token_source < 0, batch.token_ids, jnp.maximum(drawn, 0))
     next_token = token_ids[jnp.minimum(batch.logit_rows + 1, len(source) - 1)]
     unseen = batch.row_draft == UNSEEN_DRAFT
     positions = batch.positions - too_far
-    slots = batch.block_tables[seq, positions // block_size] * block_size + positions % block_size
+    slots = slots_of(batch.block_tables, seq, positions, block_size)
     return replace(
         batch,
         token_ids=token_ids,
@@ -219,6 +239,19 @@ def resolve(
         row_step=batch.row_step - wrong[batch.row_seq],
         row_draft=jnp.where(unseen, next_token, batch.row_draft),
     )
+
+
+def slots_of(block_tables: Array, seq: Array, positions: Array, block_size: int) -> Array:
+    """Return where in the cache the keys and values of positions of sequences go; all `[T]`."""
+    return block_tables[seq, positions // block_size] * block_size + positions % block_size
+
+
+def sequence_of_tokens(batch: ForwardBatch) -> Array:
+    """Return the sequence of each token; of padding the last one. `[T]`."""
+    places = jnp.arange(len(batch.token_ids))
+    if batch.max_query_len == 1:
+        return places
+    return (places[:, None] >= batch.query_start_loc[None, 1:-1]).sum(1)
 
 
 def narrow(x: Array, batch: ForwardBatch) -> tuple[Array, ForwardBatch]:
@@ -320,10 +353,17 @@ class HostOutput:
     logprob: np.ndarray
     top_logprobs: np.ndarray
     drafts: np.ndarray
+    stride: int = 0
+    """Rows of each round of the step."""
+
+    def drafts_of(self, index: int, count: int) -> list[list[int]]:
+        """Return what a round drafted for the first sequences."""
+        begin = index * self.stride
+        return self.drafts[begin : begin + count].tolist()
 
     @staticmethod
-    def unpack(packed: np.ndarray, rows: int, num_drafted: int) -> HostOutput:
-        """Take `StepOutput.pack` apart."""
+    def unpack(packed: np.ndarray, rows: int, num_drafted: int, stride: int) -> HostOutput:
+        """Take the outputs of a step's rounds apart, see `StepOutput.pack`."""
         width = packed.shape[1] - num_drafted
         drafts, packed = packed[:, width:], packed[:rows, :width]
         most = (width - 4) // 2
@@ -336,4 +376,5 @@ class HostOutput:
             logprob=floats[:, 0],
             top_logprobs=floats[:, 1:],
             drafts=drafts,
+            stride=stride,
         )

@@ -309,6 +309,11 @@ class SchedulerConfig:
     max_num_mixed_tokens: int | None = None
     """Tokens of one step in which answers are streamed, so that long prompts of others do not
     stall them; prompts get at least half of it. `None`: 512 for each GPU, on a CPU 256."""
+    num_scheduler_steps: int | None = None
+    """How often one launch goes through the model while all sequences only decode and nobody waits
+    to be taken in; what it draws reaches the users together. `None`: 4 for models so small that a
+    GPU is done before the host has launched the next step, else 1. Where the host makes drafts it
+    must be 1."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_logprobs: int = 20
     step_log: str | None = None
@@ -318,6 +323,7 @@ class SchedulerConfig:
         _positive("max_num_seqs", self.max_num_seqs)
         _positive("max_num_batched_tokens", self.max_num_batched_tokens)
         _positive("max_num_mixed_tokens", self.max_num_mixed_tokens)
+        _positive("num_scheduler_steps", self.num_scheduler_steps)
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _integer("max_logprobs", self.max_logprobs)
         if self.max_logprobs < 0:

@@ -337,6 +337,8 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_pending: int = 0
+    num_verifying: int = 0
+    """Of the pending ones those of drafts."""
     draft: Sequence[int] = ()
     draft_parents: Sequence[int] = ()
     """Of a draft that is a tree, see `spec_decode.draft_tree`; empty for a path."""
@@ -382,12 +384,13 @@ class Request:
         """Output tokens, those that are still being drawn included."""
         return len(self.output_token_ids) + self.num_pending
 
-    def expect_token(self, num_drafted: int = 0) -> None:
-        """Make room for a token that the device will draw, after verifying so many of `draft`."""
+    def expect_tokens(self, count: int = 1, num_drafted: int = 0) -> None:
+        """Make room for tokens that the device will draw, after verifying so many of `draft`."""
         if num_drafted:
             self.token_ids.extend(self.draft[:num_drafted] or [0] * num_drafted)
-        self.token_ids.append(0)
-        self.num_pending += num_drafted + 1
+            self.num_verifying += num_drafted
+        self.token_ids.extend([0] * count)
+        self.num_pending += num_drafted + count
         self.draft = self.draft_parents = ()
 
     def take_token(self, token: int) -> None:
@@ -438,7 +441,7 @@ class Request:
     @property
     def verifies(self) -> bool:
         """Whether a draft of it is being verified: where its tokens end is not known before."""
-        return self.num_pending > 1
+        return self.num_verifying > 0
 
     @property
     def has_draft(self) -> bool:
@@ -451,17 +454,27 @@ class Request:
         # Who has just begun holds nobody up: or else many that begin in turn hold up all others.
         if self.matcher is not None and 0 < self.num_pending < self.num_drawn:
             return True
-        return self.num_pending > 1 and not self.runs_ahead
+        return self.verifies and not self.runs_ahead
 
     @property
     def waits_for_tokens(self) -> bool:
         """Whether what comes next cannot be computed before the pending tokens are known."""
         if not self.num_pending:
             return False
-        host_decides = self.matcher is not None or self.params.bad_words or self.params.min_tokens
-        if host_decides or self.draft or self.all_drawn:
+        if self.needs_host or self.draft or self.all_drawn:
             return True
-        return self.num_pending > 1 and not self.runs_ahead
+        return self.verifies and not self.runs_ahead
+
+    @property
+    def only_draws(self) -> bool:
+        """Whether all its tokens but the last are in the cache, or about to be."""
+        return len(self.token_ids) == self.num_computed_tokens + 1
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host has a say in each of its tokens, and so must know the one before."""
+        params = self.params
+        return bool(self.matcher is not None or params.bad_words or params.min_tokens)
 
     @property
     def waits_for_masks(self) -> bool:
@@ -488,7 +501,7 @@ class Request:
         """Whether its answer grows, and its user looks on."""
         if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
             return False
-        return len(self.token_ids) == self.num_computed_tokens + 1 and not self.all_drawn
+        return self.only_draws and not self.all_drawn
 
     @property
     def wants_prompt_rows(self) -> bool:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 
 from arctic_jax.request import Request
 
+MAX_TOKENS_OF_ROUNDS = 64
+"""With more tokens the device takes longer for a round than the host for a launch."""
+
 
 @dataclass(slots=True)  # frozen ones take three times as long to make, and each step makes many
 class ScheduledRequest:
@@ -20,7 +23,6 @@ class ScheduledRequest:
         num_rows: the last so many of them have a row of logits.
         samples: the last known token is among them, so that a new one is drawn.
         num_drafted: the last so many are drafted, to be verified.
-        num_accepted: how many of those turned out to be right.
         parents: of each drafted token the index of the one that it follows, -1 for the last known
             token; empty if each follows the one before it.
         accepted: of a draft with `parents` the indices of the tokens that turned out to be right.
@@ -28,6 +30,10 @@ class ScheduledRequest:
             next ones. -1 if nothing is masked.
         unseen: the host does not know the drafted tokens: the device made them in the step before,
             which may also have accepted fewer tokens than `start` supposes.
+        num_rounds: of the step, those in which it takes part; `num_tokens`, `num_rows` and
+            `num_drafted` are those of one round.
+        accepted_of_rounds: how many drafted tokens turned out to be right, in each round up to
+            an end.
     """
 
     request: Request
@@ -36,11 +42,12 @@ class ScheduledRequest:
     num_rows: int
     samples: bool
     num_drafted: int = 0
-    num_accepted: int = 0
     parents: Sequence[int] = ()
     accepted: Sequence[int] = ()
     first_mask: int = -1
     unseen: bool = False
+    num_rounds: int = 1
+    accepted_of_rounds: Sequence[int] = ()
 
     @staticmethod
     def plan(request: Request, start: int, max_tokens: int, max_rows: int) -> ScheduledRequest:
@@ -72,10 +79,15 @@ class ScheduledRequest:
             parents=request.draft_parents[:drafted],
         )
 
-    def without_draft(self) -> ScheduledRequest:
-        """Return it with the known tokens only."""
+    def known_tokens(self) -> ScheduledRequest:
+        """Return it without a draft, and without tokens of later rounds."""
         tokens, rows = self.num_tokens - self.num_drafted, self.num_rows - self.num_drafted
         return ScheduledRequest(self.request, self.start, tokens, rows, self.samples)
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafted tokens that turned out to be right, in all rounds."""
+        return sum(self.accepted_of_rounds)
 
     @property
     def num_draws(self) -> int:
@@ -90,7 +102,12 @@ class ScheduledRequest:
     @property
     def end(self) -> int:
         """Tokens in the cache after the step, drafted ones included."""
-        return self.start + self.num_tokens
+        return self.start + self.num_tokens + self.num_later_tokens
+
+    @property
+    def num_later_tokens(self) -> int:
+        """Tokens of the rounds after the first."""
+        return (self.num_rounds - 1) * (1 + self.num_drafted)
 
     @property
     def moves(self) -> list[tuple[int, int]]:
@@ -110,20 +127,27 @@ class ScheduledBatch:
         requests: in the order of the batch.
         drafts: whether the step shall draft for the next one, if there is what drafts on the
             device.
+        num_rounds: see `Bucket`.
     """
 
     requests: tuple[ScheduledRequest, ...]
     drafts: bool = False
+    num_rounds: int = 1
 
     @functools.cached_property
     def num_tokens(self) -> int:
-        """Tokens of the step."""
+        """Tokens of the step, of its first round."""
         return sum(r.num_tokens for r in self.requests)
 
     @functools.cached_property
     def num_rows(self) -> int:
-        """Rows of logits of the step."""
+        """Rows of logits of the step, of its first round."""
         return sum(r.num_rows for r in self.requests)
+
+    @property
+    def num_later_tokens(self) -> int:
+        """Tokens, and rows of logits, of the rounds after the first."""
+        return sum(r.num_later_tokens for r in self.requests) if self.num_rounds > 1 else 0
 
     @functools.cached_property
     def num_drafted(self) -> int:
@@ -150,6 +174,8 @@ class Bucket:
             where R > S there may be drafts.
         has_trees: whether drafts may be trees.
         drafts: whether the step drafts for the next one, if there is what drafts on the device.
+        num_rounds: how often the step goes through the model, see `engine/rounds.py`; more than
+            once only in steps that decode and verify.
     """
 
     num_tokens: int
@@ -158,6 +184,7 @@ class Bucket:
     max_query_len: int
     has_trees: bool = False
     drafts: bool = True
+    num_rounds: int = 1
 
     def __lt__(self, other: Bucket) -> bool:
         """See above."""
@@ -165,7 +192,13 @@ class Bucket:
 
     @functools.cached_property
     def _cost(self) -> tuple[int, ...]:
-        return self.num_tokens, self.max_query_len, self.num_rows, self.num_seqs, self.drafts
+        shape = self.num_tokens, self.max_query_len, self.num_rows, self.num_seqs
+        return *shape, self.num_rounds, self.drafts
+
+    @property
+    def num_output_rows(self) -> int:
+        """Of the step's output."""
+        return self.num_rows * self.num_rounds
 
     def fits(self, batch: ScheduledBatch) -> bool:
         """Whether the batch can be padded to this shape."""
@@ -176,6 +209,7 @@ class Bucket:
             and batch.max_query_len <= self.max_query_len
             and (self.num_rows > self.num_seqs or not batch.num_drafted)
             and (self.drafts or not batch.drafts)
+            and self.num_rounds == batch.num_rounds
         )
 
     @staticmethod
@@ -190,7 +224,8 @@ class Bucket:
                 return bucket
         raise ValueError(
             f"no bucket for {batch.num_tokens} tokens, {batch.num_rows} rows, "
-            f"{len(batch.requests)} sequences of at most {batch.max_query_len}"
+            f"{len(batch.requests)} sequences of at most {batch.max_query_len}, "
+            f"{batch.num_rounds} rounds"
         )
 
 
@@ -203,6 +238,7 @@ def bucket_ladder(
     drafts_trees: bool = False,
     drafts_on_device: bool = False,
     least: int = 1,
+    num_rounds: int = 1,
 ) -> tuple[Bucket, ...]:
     """Return the sorted shapes that are compiled.
 
@@ -220,6 +256,7 @@ def bucket_ladder(
         drafts_trees: whether drafts may be trees.
         drafts_on_device: whether decode steps come without drafting for the next one, too.
         least: sequences, and so tokens, that every step has room for.
+        num_rounds: decode and verifying steps of few tokens come with so many rounds, too.
     """
 
     def up(n: int) -> int:
@@ -238,16 +275,22 @@ def bucket_ladder(
     if max_extra_rows:
         many = {up(max_extra_rows), *(mixed if max_draft_len else [max(mixed)])}
         ladder |= {Bucket(n, max_extra_rows + seqs, seqs, n) for n in many}
+    verifying: set[Bucket] = set()
     if max_draft_len:
         longest = 1 + max_draft_len
         most = min(max_num_seqs * longest, max_num_seqs + max_extra_rows, max_num_batched_tokens)
-        verifying = {up(max(n, least + 1)) for n in _rungs(2, most, 64) if n > 1}
-        ladder |= {Bucket(n, n, min(n - 1, seqs), longest) for n in verifying}
+        tokens = {up(max(n, least + 1)) for n in _rungs(2, most, 64) if n > 1}
+        verifying = {Bucket(n, n, min(n - 1, seqs), longest) for n in tokens}
         # With the longest drafts there are few sequences, whose contexts attention can split finer.
-        few = {n: max(min(n // longest, seqs), least) for n in verifying if longest <= n <= 64}
-        ladder |= {Bucket(n, n, count, longest) for n, count in few.items()}
-    if drafts_on_device:
-        ladder |= {Bucket(n, n, n, 1, drafts=False) for n in decode}
+        few = {n: max(min(n // longest, seqs), least) for n in tokens if longest <= n <= 64}
+        verifying |= {Bucket(n, n, count, longest) for n, count in few.items()}
+    undrafting = {Bucket(n, n, n, 1, drafts=not drafts_on_device) for n in decode}
+    ladder |= verifying | undrafting
+    if num_rounds > 1:
+        # Those that verify need the drafts of the round before, others have no use for them.
+        looped = undrafting | (verifying if drafts_on_device else set())
+        most = up(MAX_TOKENS_OF_ROUNDS)
+        ladder |= {replace(b, num_rounds=num_rounds) for b in looped if b.num_tokens <= most}
     if drafts_trees:
         ladder = {replace(b, has_trees=b.num_rows > b.num_seqs) for b in ladder}
     return tuple(sorted(ladder))

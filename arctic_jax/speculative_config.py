@@ -193,6 +193,11 @@ class SpeculativeConfig:
         return self.method in _ON_DEVICE or bool(self.suffix_on_device)
 
     @property
+    def drafts_on_host(self) -> bool:
+        """Whether drafts are made by the host, too, or only by it."""
+        return (self.kind == "ngram" or self.uses_suffixes) and not self.suffix_on_device
+
+    @property
     def uses_suffixes(self) -> bool:
         """Whether there is suffix decoding, alone or beside a network."""
         return self.kind == "suffix" or self.is_hybrid

@@ -57,6 +57,7 @@ def main() -> None:
         help="time between tokens of streams while a long prompt arrives",
     )
     parser.add_argument("--max-num-mixed-tokens", type=int, default=None)
+    parser.add_argument("--num-scheduler-steps", type=int, default=None)
     parser.add_argument("--throughput", type=int, default=None, metavar="REQUESTS")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -77,6 +78,7 @@ def main() -> None:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_mixed_tokens=args.max_num_mixed_tokens,
+        num_scheduler_steps=args.num_scheduler_steps,
         enable_prefix_caching=False,
         tensor_parallel_size=args.tensor_parallel_size,
         ulysses_sequence_parallel_size=args.ulysses_sequence_parallel_size,

@@ -79,6 +79,7 @@ def main() -> None:
     )
     parser.add_argument("--spec-offset", type=float, default=0.0, help="of suffix drafts")
     parser.add_argument("--min-token-prob", type=float, default=0.1, help="of suffix drafts")
+    parser.add_argument("--num-scheduler-steps", type=int, default=None)
     parser.add_argument("--num-blocks", type=int, default=None)
     parser.add_argument("--fixed", action="store_true", help="also without the adaptive policy")
     parser.add_argument("--out", type=Path, default=None)
@@ -100,6 +101,7 @@ def main() -> None:
             max_num_seqs=max(args.concurrency),
             max_num_batched_tokens=args.max_num_batched_tokens,
             num_blocks=args.num_blocks,
+            num_scheduler_steps=args.num_scheduler_steps,
             speculative_config=start,
         )
         engine: Any = llm.engine

@@ -7,7 +7,8 @@
 Nothing runs, and nothing is timed: of several algorithms XLA takes its first. But copies, fusions
 and collectives are those of the real program: look here before a GPU is asked. A step of `--seqs`
 sequences is a decode step, unless it has more `--tokens`. With `--drafts` it verifies so many
-drafted tokens of each sequence, and drafts as many for the next step by suffix decoding.
+drafted tokens of each sequence, and drafts as many for the next step by suffix decoding. With
+`--rounds` it does all that so many times; the body of that loop is listed first.
 
 Of our own kernels, with CUDA's `ptxas` on the path, `MOSAIC_GPU_DUMP_TO=FOLDER` with
 `MOSAIC_GPU_DUMP_PTX=1 MOSAIC_GPU_DUMP_PTXAS=1` writes the PTX, their registers and spills.
@@ -102,9 +103,10 @@ def step_program(args: argparse.Namespace, mesh: Mesh) -> StepProgram:
         max_blocks_per_seq=-(-args.max_model_len // BLOCK_SIZE),
         max_num_seqs=args.seqs,
         max_masks=args.seqs,
-        max_rows=args.seqs * (1 + args.drafts),
+        max_rows=args.seqs * (1 + args.drafts) * args.rounds,
         max_logprobs=20,
         max_draft_len=args.drafts,
+        max_rounds=args.rounds,
         drafting=drafting,
         has_inboxes=mesh.size > 1,
     )
@@ -119,8 +121,18 @@ def layouts_of(mesh: Mesh) -> dict[str, Any]:
 
 def print_operations(text: str) -> None:
     """Say how many there are of each kind of operation that a step launches."""
+    body = re.search(r"= .*? while\(.*body=(%[\w.\-]+)", text)
+    if body is not None:
+        begin = text.index(f"\n{body[1]} ")
+        print_operations_of(text[begin : text.index("\n}", begin)])
+        print("and around it")
+    print_operations_of(text[text.index("ENTRY") :])
+
+
+def print_operations_of(computation: str) -> None:
+    """Count those of one computation."""
     count: collections.Counter[str] = collections.Counter()
-    for line in text[text.index("ENTRY") :].splitlines():
+    for line in computation.splitlines():
         found = re.search(r"= .*? ([a-z\-]+)\(", line)
         if found is None or found[1] in UNINTERESTING:
             continue
@@ -141,6 +153,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--seqs", type=int, default=1)
     parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=8448)
     parser.add_argument("--num-blocks", type=int, default=2048)
     parser.add_argument("--out", type=Path, help="for the optimized HLO")
@@ -152,10 +165,10 @@ def main() -> None:
     program = step_program(args, mesh)
     if args.drafts:
         rows = args.seqs * (1 + args.drafts)
-        bucket = Bucket(rows, rows, args.seqs, 1 + args.drafts)
+        bucket = Bucket(rows, rows, args.seqs, 1 + args.drafts, num_rounds=args.rounds)
     else:
         longest = 1 if args.tokens == args.seqs else args.tokens
-        bucket = Bucket(args.tokens, args.seqs, args.seqs, longest)
+        bucket = Bucket(args.tokens, args.seqs, args.seqs, longest, num_rounds=args.rounds)
     start = time.perf_counter()
     with dispatch.lowering_for_hopper():
         lowered = program.lower(Step(layouts_of(mesh)[args.layout], bucket, args.num_blocks), mesh)

@@ -52,6 +52,9 @@ def engine_options(
     max_num_mixed_tokens: Annotated[
         int | None, _option(help="Tokens of one step in which answers are streamed.")
     ] = None,
+    num_scheduler_steps: Annotated[
+        int | None, _option(help="Tokens that a step draws for each answer while nobody waits.")
+    ] = None,
     scheduling_policy: Annotated[
         str, _option(help="fcfs; priority lets lower priorities go first.")
     ] = SchedulerConfig.scheduling_policy,

@@ -129,7 +129,8 @@ class ScriptedEngine:
             request.take_token(token)
             self.num_tokens += 1
         if part.num_drafted:
-            part.num_accepted = len(request.output_token_ids) - known - 1
+            part.accepted_of_rounds = [len(request.output_token_ids) - known - 1]
+            request.num_verifying -= part.num_drafted
             request.drop_pending(part.num_drafted - part.num_accepted)
         if len(request.output_token_ids) == len(answer):
             self.scheduler.finish(request, RequestStatus.LENGTH)

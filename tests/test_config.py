@@ -19,6 +19,7 @@ COUNTS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_num_mixed_tokens",
+    "num_scheduler_steps",
 )
 
 

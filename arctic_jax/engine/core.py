@@ -84,6 +84,7 @@ class EngineCore:
             limits,
             self.runner.max_extra_rows,
             by_priority=config.scheduler.scheduling_policy == "priority",
+            num_rounds=self.runner.num_rounds,
         )
         self.proposer = build_proposer(config.speculative)
         self.outputs = OutputProcessor(self.tokenizer, replica)
@@ -196,8 +197,8 @@ class EngineCore:
                 step.launched,
                 step.layout.name,
                 len(batch.requests),
-                batch.num_tokens,
-                batch.num_rows,
+                batch.num_tokens + batch.num_later_tokens,
+                batch.num_rows + batch.num_later_tokens,
                 step.num_padded_tokens,
             )
         except BaseException as error:

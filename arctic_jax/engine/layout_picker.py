@@ -49,12 +49,12 @@ class LayoutPicker:
 
 def _serving(ladder: Sequence[Bucket], fewest: int, most: int | None) -> tuple[Bucket, ...]:
     """Return the shapes that steps of `fewest` to `most` tokens fit best; all above for `None`."""
-    kinds: dict[int, list[Bucket]] = {}
+    kinds: dict[tuple[int, int], list[Bucket]] = {}
     # Those of decode and of verification steps, of mixed ones, of those with many rows.
     for bucket in ladder:
         has_all_rows = bucket.num_rows == bucket.num_tokens
         kind = -bucket.max_query_len if has_all_rows else bucket.num_rows
-        kinds.setdefault(kind, []).append(bucket)
+        kinds.setdefault((kind, bucket.num_rounds), []).append(bucket)
     kept = []
     for rungs in kinds.values():
         for bucket in rungs:

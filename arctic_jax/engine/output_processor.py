@@ -100,14 +100,13 @@ class OutputProcessor:
             if request.status.finished:  # its end was seen after this step was launched
                 continue
             try:
-                # Rows without a token follow wrong drafts.
-                rows = [i for i in range(first, row) if output.token_ids[i] >= 0]
                 status = None
                 if num_prompt_rows := part.num_rows - part.num_draws:
-                    status = self._accept_prompt_rows(part, rows[:num_prompt_rows], output)
-                    rows = rows[num_prompt_rows:]
+                    rows = range(first, first := first + num_prompt_rows)
+                    status = self._accept_prompt_rows(part, rows, output)
+                begins = [first + i * output.stride for i in range(part.num_rounds)]
                 if status is None:
-                    status = self._take_draws(part, rows, output, groups[request], now)
+                    status = self._take_draws(part, begins, output, groups[request], now)
             except Exception as error:  # one request must not take the others with it
                 request.error = f"{type(error).__name__}: {error}"
                 status = RequestStatus.FAILED
@@ -116,7 +115,7 @@ class OutputProcessor:
         return ended
 
     def _accept_prompt_rows(
-        self, part: ScheduledRequest, rows: list[int], output: HostOutput
+        self, part: ScheduledRequest, rows: range, output: HostOutput
     ) -> RequestStatus | None:
         request, first_position = part.request, part.end - part.num_rows
         for position, row in enumerate(rows, first_position):
@@ -132,25 +131,34 @@ class OutputProcessor:
     def _take_draws(
         self,
         part: ScheduledRequest,
-        rows: list[int],
+        begins: Sequence[int],
         output: HostOutput,
         group: RequestGroup,
         now: float,
     ) -> RequestStatus | None:
-        """Append the tokens of rows, all accepted drafts but the last, up to an end."""
-        request, status, known = part.request, None, len(part.request.output_token_ids)
-        for row in rows:
-            if output.finite[row]:
-                status = self._take_token(request, row, output, group, now)
-            else:  # what comes after an end may be as it likes
-                status = self._fail(request, request.num_tokens - request.num_pending - 1)
+        """Append the tokens of each round: accepted drafts and one more, up to an end."""
+        request, status, accepted = part.request, None, []
+        for begin in begins:
+            # Rows without a token follow wrong drafts.
+            rows = [i for i in range(begin, begin + part.num_draws) if output.token_ids[i] >= 0]
+            known = len(request.output_token_ids)
+            for row in rows:
+                if output.finite[row]:
+                    status = self._take_token(request, row, output, group, now)
+                else:  # what comes after an end may be as it likes
+                    status = self._fail(request, request.num_tokens - request.num_pending - 1)
+                if status is not None:
+                    break
+            accepted.append(max(len(request.output_token_ids) - known - 1, 0))
+            if part.parents:  # the rows of drafted tokens come after that of the last known one
+                part.accepted = [row - rows[0] - 1 for row in rows[1 : 1 + accepted[-1]]]
             if status is not None:
                 break
         if part.num_drafted:
-            part.num_accepted = max(len(request.output_token_ids) - known - 1, 0)
-            if part.parents:  # the rows of drafted tokens come after that of the last known one
-                part.accepted = [row - rows[0] - 1 for row in rows[1 : 1 + part.num_accepted]]
-            request.drop_pending(part.num_drafted - part.num_accepted)
+            part.accepted_of_rounds = accepted
+            drafted = part.num_rounds * part.num_drafted
+            request.num_verifying -= drafted
+            request.drop_pending(drafted - part.num_accepted)
         return status
 
     def _fail(self, request: Request, position: int) -> RequestStatus:

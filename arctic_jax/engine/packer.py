@@ -59,9 +59,10 @@ class StepPacker:
         # Whose row it is, and how often that request was preempted: then it has other blocks.
         self._owner: list[tuple[Request | None, int]] = [(None, 0)] * max_num_seqs
         # Of the step packed last: which part each request had; the drafted tokens and the last row
-        # of each part.
+        # of each part; the rows of a round, and how many rounds it had.
         self._before: dict[Request, int] = {}
         self._drafted_before = self._rows_before = np.zeros(0, np.int64)
+        self._stride_before, self._rounds_before = 0, 1
 
     def pack(self, scheduled: ScheduledBatch, bucket: Bucket) -> np.ndarray:
         """Write a step into a new array, in the bucket's shape."""
@@ -76,6 +77,7 @@ class StepPacker:
         rows = np.array([part.num_rows for part in parts])
         samples = np.array([part.samples for part in parts])
         drafted = np.array([part.num_drafted for part in parts])
+        rounds = np.array([part.num_rounds for part in parts])
         pending = np.array([request.num_pending for request in requests])
         answered = np.array([len(request.output_token_ids) for request in requests])
         first_masks = np.array([part.first_mask for part in parts])
@@ -89,7 +91,7 @@ class StepPacker:
         views["token_ids"][:T] = _token_ids(parts)
         views["token_source"][:] = -1
         # Of these the step before draws the last known token.
-        followers = np.flatnonzero(pending > samples + drafted)
+        followers = np.flatnonzero(pending > (samples + drafted) * rounds)
         self._follow(parts, followers, (seq_ends - drafted)[followers], views)
         views["positions"][:T] = places
         views["slot_mapping"][T:] = -1
@@ -105,7 +107,8 @@ class StepPacker:
         views["logit_rows"][:R] = np.arange(R) + (seq_ends - row_ends)[row_seq]
         views["logit_rows"][R:] = -1
         views["row_seq"][:R] = row_seq
-        views["row_step"][:R] = np.arange(R) + (answered + pending - row_ends)[row_seq]
+        drawn = answered + pending - (rounds - 1) * (1 + drafted)  # after the first round
+        views["row_step"][:R] = np.arange(R) + (drawn - row_ends)[row_seq]
         views["row_target"][:R] = -1
         views["row_draft"][:] = -1
         views["row_mask"][:] = -1
@@ -115,7 +118,7 @@ class StepPacker:
                 masks = part.first_mask + np.arange(part.num_draws)
                 views["row_mask"][end - part.num_draws : end] = masks
             if part.num_extra_rows:  # each is followed by a token that it predicts or verifies
-                after = part.request.token_ids[part.end - part.num_rows + 1 :]
+                after = part.request.token_ids[part.start + part.num_tokens - part.num_rows + 1 :]
                 name = "row_draft" if part.num_drafted else "row_target"
                 rows_before_last = slice(end - part.num_rows, end - part.samples)
                 unseen = [UNSEEN_DRAFT] * part.num_drafted if part.unseen else after
@@ -132,8 +135,12 @@ class StepPacker:
         views["want_logprobs"][...] = any(
             request.params.logprobs is not None or request.wants_prompt_rows for request in requests
         )
+        if bucket.num_rounds > 1:
+            views["num_rounds"][:n] = rounds
         self._before = dict(zip(requests, range(n), strict=True))
-        self._drafted_before, self._rows_before = drafted, row_ends - 1
+        self._drafted_before = drafted
+        self._stride_before, self._rounds_before = bucket.num_rows, scheduled.num_rounds
+        self._rows_before = row_ends - 1 + (rounds - 1) * bucket.num_rows
         return packed
 
     def _follow(
@@ -160,9 +167,12 @@ class StepPacker:
         views["token_source"][first_drafts - 1] = rows
         views["before_row"][followers] = rows
         views["before_drafted"][followers] = self._drafted_before[before]
+        views["before_stride"][...] = self._stride_before
+        views["before_rounds"][...] = self._rounds_before
+        first_row = (self._rounds_before - 1) * self._stride_before
         for i in np.flatnonzero([part.unseen for part in following]):
             places = np.arange(following[i].num_drafted)
-            drafts = self.max_rows + before[i] * self.num_drafted
+            drafts = self.max_rows + (first_row + before[i]) * self.num_drafted
             views["token_source"][first_drafts[i] + places] = drafts + places
 
     def _refresh(self, request: Request) -> None:
@@ -211,4 +221,6 @@ def _token_ids(parts: Sequence[ScheduledRequest]) -> list[int]:
     """Return the tokens of all parts, one after the other."""
     if all(part.num_tokens == 1 for part in parts):
         return [part.request.token_ids[part.start] for part in parts]
-    return list(chain.from_iterable(p.request.token_ids[p.start : p.end] for p in parts))
+    return list(
+        chain.from_iterable(p.request.token_ids[p.start : p.start + p.num_tokens] for p in parts)
+    )

@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 MAX_EXTRA_ROWS = 256  # of a step, for prompt log-probabilities or drafts
 MAX_PROCESSES = 8  # that lower programs
+SMALL_MODELS_ROUNDS = 4
 
 _cpu_collectives = threading.Lock()
 
@@ -65,9 +66,10 @@ class LaunchedStep:
     Attributes:
         scheduled: what it computes.
         layout: how.
-        num_padded_tokens: tokens of the program's shape.
+        num_padded_tokens: tokens that it computes, in all its rounds.
         launched: when, a `time.perf_counter()`.
-        output: a packed `StepOutput`.
+        output: a packed `StepOutput`, a round after the other.
+        stride: rows of it for each round.
         num_drafted: its K.
     """
 
@@ -76,12 +78,14 @@ class LaunchedStep:
     num_padded_tokens: int
     launched: float
     output: jax.Array
+    stride: int
     num_drafted: int
 
     def wait(self) -> HostOutput:
         """Wait for its results."""
-        rows = self.scheduled.num_rows
-        return HostOutput.unpack(host_copies.finish(self.output), rows, self.num_drafted)
+        rows = (self.scheduled.num_rounds - 1) * self.stride + self.scheduled.num_rows
+        packed = host_copies.finish(self.output)
+        return HostOutput.unpack(packed, rows, self.num_drafted, self.stride)
 
 
 class ModelRunner:
@@ -127,9 +131,10 @@ class ModelRunner:
         drafts = config.speculative.max_draft_len > 0
         self.max_extra_rows = most_rows if drafts else self.max_prompt_rows
         self.dtype = _compute_dtype(config.load.dtype, model_config)
+        self.num_rounds = self._rounds(config, model_class)
         self._ladders = {layout: self._ladder(layout, config) for layout in self.layouts}
         buckets = [bucket for ladder in self._ladders.values() for bucket in ladder]
-        max_rows = max(bucket.num_rows for bucket in buckets)
+        max_rows = max(bucket.num_output_rows for bucket in buckets)
         self.max_model_len = _max_model_len(config.load.max_model_len, model_config)
         self.max_blocks_per_seq = -(-self.max_model_len // config.cache.block_size)
         self.max_masks = self.max_num_seqs + (self.max_extra_rows if drafts else 0)
@@ -191,8 +196,9 @@ class ModelRunner:
             self._followers.send(replace(launch, step=step))
         output = self._execute(layout, bucket, launch)
         host_copies.start(output)
-        tokens = bucket.num_tokens
-        return LaunchedStep(scheduled, layout, tokens, launched, output, self._num_drafted)
+        tokens = bucket.num_tokens * bucket.num_rounds
+        stride, drafted = bucket.num_rows, self._num_drafted
+        return LaunchedStep(scheduled, layout, tokens, launched, output, stride, drafted)
 
     def keep_accepted(self, parts: Iterable[ScheduledRequest]) -> None:
         """Have the accepted tokens of trees moved to where those of a path would be.
@@ -249,7 +255,26 @@ class ModelRunner:
             config.speculative.suffix_use_tree_spec,
             config.speculative.drafts_on_device,
             least=2 if is_slow_alone else 1,
+            num_rounds=self.num_rounds,
         )
+
+    def _rounds(self, config: EngineConfig, model_class: type[LlamaForCausalLM]) -> int:
+        """Return what was asked for; or several where a GPU is done with one before the host is.
+
+        A layer's launch takes the host some 25 us, a GPU reads 4.3 TB/s (docs/tuning.md).
+        """
+        wanted, needs_host = config.scheduler.num_scheduler_steps, config.speculative.drafts_on_host
+        if needs_host and (wanted or 1) > 1:
+            raise ValueError(
+                f"num_scheduler_steps must be 1 where the host makes drafts, got {wanted}"
+            )
+        on_gpu = self.mesh.devices.flat[0].platform == "gpu"
+        if wanted or needs_host or not on_gpu or self.mesh.size > 1:
+            return wanted or 1
+        model = nnx.eval_shape(lambda: model_class(self.model_config, 1, None))
+        num_bytes = self.dtype.itemsize * sum(leaf.size for leaf in jax.tree.leaves(model))
+        reading, launching = num_bytes / 4.3e12, 25e-6 * self.model_config.num_hidden_layers
+        return SMALL_MODELS_ROUNDS if reading < launching else 1
 
     def _load(
         self,
@@ -295,6 +320,7 @@ class ModelRunner:
             max_rows,
             config.scheduler.max_logprobs,
             config.speculative.max_draft_len,
+            self.num_rounds,
             drafting,
             has_inboxes=self.inboxes is not None,
         )

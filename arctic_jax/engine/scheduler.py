@@ -13,7 +13,7 @@ import time
 from arctic_jax.config import StepLimits
 from arctic_jax.engine.block_pool import BlockPool
 from arctic_jax.request import Request, RequestStatus
-from arctic_jax.scheduled_batch import ScheduledBatch, ScheduledRequest
+from arctic_jax.scheduled_batch import MAX_TOKENS_OF_ROUNDS, ScheduledBatch, ScheduledRequest
 
 
 class Scheduler:
@@ -27,6 +27,7 @@ class Scheduler:
         limits: of a step.
         max_extra_rows: rows of logits of one step for prompt log-probabilities and drafts.
         by_priority: lower `Request.priority` goes first; else first come, first served.
+        num_rounds: of a step in which nobody needs the host between its tokens.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Scheduler:
         limits: StepLimits,
         max_extra_rows: int,
         by_priority: bool = False,
+        num_rounds: int = 1,
     ) -> None:
         self.pool = pool
         self.limits = limits
         self.max_extra_rows = max_extra_rows
         self.by_priority = by_priority
+        self.max_rounds = num_rounds
         # Both in the order in which requests are served; victims are taken from the end.
         self.running: list[Request] = []
         self.waiting: list[Request] = []
@@ -93,6 +96,7 @@ class Scheduler:
         num_drafts = sum(r.has_draft for r in self.running)
         rows_of_draft = max(rows // num_drafts, 1) if num_drafts else rows
         preempted = False
+        num_rounds, drafts = self._rounds(drafts)
 
         i = 0
         while i < len(self.running) and tokens:
@@ -111,11 +115,14 @@ class Scheduler:
             if waits or part.num_tokens < 1:  # none, or no rows, are left for its prompt
                 i += 1
                 continue
-            end = start + part.num_tokens
-            if part.num_drafted and not self._extend(request, end):
-                part = part.without_draft()  # nobody is preempted for a guess
-                end = part.end
-            while not self._extend(request, end):
+            if num_rounds > 1:
+                if part.num_drafted and not self._has_room(request):
+                    part = part.known_tokens()
+                part.num_rounds = min(num_rounds, request.max_tokens - request.num_drawn)
+            optional = part.num_drafted or part.num_rounds > 1
+            if optional and not self._extend(request, part.end):
+                part = part.known_tokens()  # nobody is preempted for a guess, or a later round
+            while not self._extend(request, part.end):
                 preempted = True
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -146,7 +153,31 @@ class Scheduler:
             prefill -= part.num_tokens
             rows -= part.num_extra_rows
 
-        return ScheduledBatch(tuple(chosen), drafts)
+        return ScheduledBatch(tuple(chosen), drafts, num_rounds)
+
+    def _rounds(self, drafts: bool) -> tuple[int, bool]:
+        """Return how many rounds the next step has, and whether it drafts.
+
+        One if somebody would have to wait. Several need to know what each round begins with: the
+        token that the one before drew, and what it drafted, for those that verify.
+        """
+        is_full = len(self.running) == self.limits.max_num_seqs
+        if self.max_rounds == 1 or (self.waiting and not is_full):
+            return 1, drafts
+        live = [request for request in self.running if not request.all_drawn]
+        if any(not r.only_draws or r.needs_host or r.draft for r in live):
+            return 1, drafts
+        drafted = [r.num_unseen_draft if self._has_room(r) else 0 for r in live]
+        if len(live) + sum(drafted) > MAX_TOKENS_OF_ROUNDS or (any(drafted) and not drafts):
+            return 1, drafts
+        # Where nobody verifies yet, the first drafts are made by a step of one round.
+        begins = drafts and not any(drafted) and any(self._has_room(r) for r in live)
+        return (1, True) if begins else (self.max_rounds, any(drafted))
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether it can verify a draft in every round, and all may be right."""
+        longest = max(request.num_drafted_ahead, 1)
+        return request.max_tokens - request.num_drawn >= self.max_rounds * (1 + longest)
 
     def held_blocks(self) -> list[list[int]]:
         """Blocks of every request in the engine, for `BlockPool.check`."""
@@ -215,10 +246,10 @@ class Scheduler:
         preempted any more in this step: victims come from the end of `running`.
         """
         chosen.append(part)
-        request, end = part.request, part.start + part.num_tokens
+        request, end = part.request, part.end
         request.num_computed_tokens = end
         if part.samples:
-            request.expect_token(part.num_drafted)
+            request.expect_tokens(part.num_rounds, part.num_rounds * part.num_drafted)
         known = min(end, len(request.token_ids) - request.num_pending)
         full = known // self.pool.block_size
         if full == request.num_published_blocks:

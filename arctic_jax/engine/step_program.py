@@ -17,9 +17,9 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from arctic_jax.batch import StepOutput, packed_size, resolve, unpack
+from arctic_jax.batch import ForwardBatch, StepOutput, packed_size, resolve, unpack
 from arctic_jax.config import ModelConfig
-from arctic_jax.engine import sampler
+from arctic_jax.engine import rounds, sampler
 from arctic_jax.engine.drafting import Drafting, Drawn
 from arctic_jax.engine.sampler import SamplerState
 from arctic_jax.kv_cache import KVCaches, KVCacheSpec
@@ -75,6 +75,7 @@ class StepProgram:
         max_rows: of `output`.
         max_logprobs: most likely tokens in it.
         max_draft_len: tokens of a draft; 0 for an engine that does not speculate.
+        max_rounds: of a step.
         drafting: how the step drafts, if it does.
         has_inboxes: whether the devices can write to each other.
     """
@@ -91,6 +92,7 @@ class StepProgram:
     max_rows: int
     max_logprobs: int
     max_draft_len: int = 0
+    max_rounds: int = 1
     drafting: Drafting | None = None
     has_inboxes: bool = False
 
@@ -186,29 +188,59 @@ class StepProgram:
             before: Array,
             packed: Array,
         ) -> tuple[KVCaches, SamplerState, Array]:
-            model: LlamaForCausalLM
-            model, drafter = jax.tree.unflatten(tree, self.weights.parameters(leaves, plan))
             layout = dataclasses.replace(plan, inboxes=inboxes)
-            cache, *drafter_caches = caches
-            batch = unpack(packed, bucket, self.max_blocks_per_seq)
-            batch = resolve(batch, before, num_drafted, self.max_draft_len, self.cache.block_size)
-            hidden, cache = model.hidden_states(batch, cache, layout)
-            logits = model.logits(hidden, layout)
-            output, state = sampler.sample(
-                logits, batch, state, self.max_logprobs, max_draft_len, model.implementation
+            batch = resolve(
+                unpack(packed, bucket, self.max_blocks_per_seq),
+                before,
+                num_drafted,
+                self.max_draft_len,
+                self.max_rounds,
+                self.cache.block_size,
             )
-            if self.drafting is not None:
-                drawn = Drawn(model, batch, hidden, output, layout)
-                drafter_caches = self.drafting.follow(drafter, drawn, tuple(drafter_caches))
-                drafts = jnp.full((1, num_drafted), -1)
-                if bucket.drafts:
-                    drafts, drafter_caches = self.drafting.draft(drafter, drawn, drafter_caches)
-                drafts = jnp.pad(drafts, ((0, len(hidden) - len(drafts)), (0, 0)))
-                output = dataclasses.replace(output, drafts=drafts)
+
+            def go(
+                batch: ForwardBatch, caches: KVCaches, state: SamplerState
+            ) -> tuple[StepOutput, KVCaches, SamplerState]:
+                # The modules are made here, not before a loop of rounds: it would be given copies
+                # of the parts of the stacks in which the weights lie.
+                model: LlamaForCausalLM
+                model, drafter = jax.tree.unflatten(tree, self.weights.parameters(leaves, plan))
+                cache, *drafter_caches = caches
+                hidden, cache = model.hidden_states(batch, cache, layout)
+                logits = model.logits(hidden, layout)
+                output, state = sampler.sample(
+                    logits, batch, state, self.max_logprobs, max_draft_len, model.implementation
+                )
+                if self.drafting is not None:
+                    drawn = Drawn(model, batch, hidden, output, layout)
+                    drafter_caches = self.drafting.follow(drafter, drawn, tuple(drafter_caches))
+                    drafts = jnp.full((1, num_drafted), -1)
+                    if bucket.drafts:
+                        drafts, drafter_caches = self.drafting.draft(drafter, drawn, drafter_caches)
+                    drafts = jnp.pad(drafts, ((0, len(hidden) - len(drafts)), (0, 0)))
+                    output = dataclasses.replace(output, drafts=drafts)
+                return output, (cache, *drafter_caches), state
+
+            def round_(carry: Any, index: Array) -> tuple[Any, Array]:
+                progress, caches, state = carry
+                current = rounds.batch_of(batch, progress, index, self.cache.block_size)
+                output, caches, state = go(current, caches, state)
+                progress, output = rounds.advance(current, progress, output, index)
+                return (progress, caches, state), output.pack()
+
+            if bucket.num_rounds > 1:
+                first = rounds.begin(batch), caches, state
+                (_, caches, state), rows = jax.lax.scan(
+                    round_, first, jnp.arange(bucket.num_rounds)
+                )
+                rows = rows.reshape(bucket.num_output_rows, -1)
+            else:
+                output, caches, state = go(batch, caches, state)
+                rows = output.pack()
             # Padded, as updates in place of a step's output make XLA's CPU compiler crash on
             # several devices.
-            rows = jnp.pad(output.pack(), ((0, self.max_rows - bucket.num_rows), (0, 0)))
-            return (cache, *drafter_caches), state, rows
+            rows = jnp.pad(rows, ((0, self.max_rows - bucket.num_output_rows), (0, 0)))
+            return caches, state, rows
 
         donated = (self.cache.partitions, REPLICATED, REPLICATED)
         everywhere = PartitionSpec(mesh.axis_names)

@@ -35,7 +35,9 @@ class DeviceProposer(HostProposer):
     def __init__(self, config: SpeculativeConfig) -> None:
         super().__init__(config)
         self.wants_drafts = True
+        # Of the step whose results came last: what its last round drafted, and those before.
         self._drafted: dict[Request, list[int]] = {}
+        self._drafted_before: list[dict[Request, list[int]]] = []
         self._makes = False  # whether the last step's drafts were worth it
 
     def start(self, request: Request) -> None:
@@ -50,8 +52,11 @@ class DeviceProposer(HostProposer):
     def propose(self, scheduled: ScheduledBatch, output: HostOutput) -> None:
         """See `Proposer`."""
         first = scheduled.requests[: self.config.disable_by_batch_size] if scheduled.drafts else ()
-        drafts = output.drafts[: len(first)].tolist()
-        self._drafted = {p.request: d for p, d in zip(first, drafts, strict=True) if p.samples}
+        *self._drafted_before, self._drafted = (
+            {p.request: d for p, d in zip(first, drafts, strict=True) if p.samples}
+            for index in range(scheduled.num_rounds)
+            for drafts in [output.drafts_of(index, len(first))]
+        )
         for part in scheduled.requests:
             part.request.runs_ahead = True
         self._makes = False
@@ -64,12 +69,14 @@ class DeviceProposer(HostProposer):
 
     def drafts(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[Draft]:
         """See `HostProposer`; its tokens have no probabilities, so each counts as one."""
-        found = []
-        for request, limit in zip(requests, limits, strict=True):
-            tokens = self._drafted.get(request, [])[:limit]
-            tokens = tokens[: tokens.index(-1)] if -1 in tokens else tokens
-            found.append(Draft(tokens, [1.0] * len(tokens), on_device=True))
-        return found
+        return [
+            _draft(self._drafted.get(request, [])[:limit])
+            for request, limit in zip(requests, limits, strict=True)
+        ]
+
+    def guess_of(self, request: Request, index: int) -> Draft:
+        """See `HostProposer`."""
+        return _draft(self._drafted_before[index - 1].get(request, []))
 
     def _make_those_worth(self, found: Mapping[Request, Draft], waited: set[Request]) -> None:
         ahead = {request: draft for request, draft in found.items() if draft.on_device}
@@ -103,3 +110,9 @@ class DeviceProposer(HostProposer):
         progress.remember(draft, len(request.output_token_ids))
         most = self.config.num_drafted_on_device
         request.num_drafted_ahead = min(progress.acceptance.length, most)
+
+
+def _draft(tokens: list[int]) -> Draft:
+    """Return a draft of the device's; it ends with the first -1."""
+    tokens = tokens[: tokens.index(-1)] if -1 in tokens else tokens
+    return Draft(tokens, [1.0] * len(tokens), on_device=True)

@@ -113,8 +113,11 @@ class DraftCosts:
         num_drafts: int,
         mixed: bool,
         drafts: bool = False,
+        num_rounds: int = 1,
     ) -> float:
         """Learn that a step's results have come; return how many steps without drafts it took.
+
+        Of a step of several rounds, how many each took: all here is counted in rounds.
 
         Args:
             num_requests: that run.
@@ -122,17 +125,19 @@ class DraftCosts:
             num_drafts: that it verified.
             mixed: whether it computed prompts, too: its time tells nothing about drafts.
             drafts: whether it drafted for the next one.
+            num_rounds: that it had.
         """
         now, last, costs = self.clock(), self._last, self._costs(num_requests)
         around_drafts = self._around_drafts or num_drafts > 0
         self._last, self._around_drafts = now, num_drafts > 0
         if last is None:
             return 1.0
+        seconds = (now - last) / num_rounds
         if not (around_drafts or (drafts and not mixed)):
-            costs.took(now - last, mixed)
+            costs.took(seconds, mixed)
         if not costs.plain:
             return 1.0
-        steps = 1.0 if mixed else min((now - last) / costs.plain, _MOST)
+        steps = 1.0 if mixed else min(seconds / costs.plain, _MOST)
         if around_drafts:
             costs.waited(num_drafts)
             if num_drafts and not mixed:

@@ -112,7 +112,8 @@ class HostProposer:
             if part.num_drafted:
                 num_drafts += 1
                 num_accepted += part.num_accepted
-                self._verified(part)
+                for index, accepted in enumerate(part.accepted_of_rounds):
+                    self._verified(part, index, accepted)
             if request.status.finished or not request.output_token_ids:
                 continue
             num_sampled += part.samples
@@ -153,24 +154,30 @@ class HostProposer:
 
     # --- what came of drafts
 
-    def _verified(self, part: ScheduledRequest) -> None:
-        """Learn from a draft that a step verified."""
+    def guess_of(self, request: Request, index: int) -> Draft | None:
+        """Return what a later round of a step verified, for those whose drafts the device makes."""
+        del request, index
+
+    def _verified(self, part: ScheduledRequest, index: int, accepted: int) -> None:
+        """Learn from a draft that a round of a step verified."""
         progress, drafted = self._progress.get(part.request), part.num_drafted
-        if part.unseen and progress is not None and progress.guess is not None:
-            drafted = min(drafted, len(progress.guess.token_ids))  # it was shorter than supposed
-        self.stats.add(drafted, part.num_accepted, part.parents)
+        guess = progress.guess if progress is not None else None
+        guess = self.guess_of(part.request, index) if index else guess
+        if part.unseen and guess is not None:
+            drafted = min(drafted, len(guess.token_ids))  # it was shorter than supposed
+        self.stats.add(drafted, accepted, part.parents)
         part.request.num_drafted_tokens += drafted
-        part.request.num_accepted_tokens += part.num_accepted
-        if progress is None or progress.guess is None or not self.config.adaptive:
+        part.request.num_accepted_tokens += accepted
+        if progress is None or guess is None or not self.config.adaptive:
             return
-        probs = progress.guess.probs[:drafted]
-        needed = part.num_accepted
+        probs = guess.probs[:drafted]
+        needed = accepted
         if part.parents:
             needed = draft_tree.num_needed(part.parents, probs, part.accepted)
         progress.guess = None
         cost = self.costs.of_portion(len(self._progress))
-        progress.acceptance.book(part.num_accepted - cost)
-        self._learn(progress, drafted, sum(probs), part.num_accepted, needed)
+        progress.acceptance.book(accepted - cost)
+        self._learn(progress, drafted, sum(probs), accepted, needed)
 
     def _compare(self, request: Request, progress: _Progress) -> None:
         """Learn from a draft that was not verified, once it is known how much of it came."""
@@ -200,16 +207,20 @@ class HostProposer:
         """Take a step's time to the accounts."""
         num_requests = max(len(self._progress), 1)
         mixed = scheduled.num_tokens - scheduled.num_drafted > len(scheduled.requests)
-        steps = self.costs.took(num_requests, num_sampled, num_drafts, mixed, scheduled.drafts)
+        rounds = scheduled.num_rounds
+        longer = self.costs.took(
+            num_requests, num_sampled, num_drafts, mixed, scheduled.drafts, rounds
+        )
+        steps = rounds * longer
         gained, drafting = num_accepted / num_requests, min(num_drafts / num_requests, 1.0)
         self._for_looks.earn(steps, gained)
         # What few have gained does not pay for the waiting of many.
         self._for_steps.earn(steps, gained * drafting)
         if num_drafts:
-            self._for_steps.spend(max(steps - 1, 0.0) * (1 - drafting))
+            self._for_steps.spend(max(steps - rounds, 0.0) * (1 - drafting))
         self._for_drafting.earn(steps, gained)
         if scheduled.drafts:
-            self._for_drafting.spend(min(steps - 1, _MOST_SPENT))
+            self._for_drafting.spend(min(steps - rounds, _MOST_SPENT))
 
     # --- whose drafts there are
 

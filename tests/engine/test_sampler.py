@@ -48,6 +48,8 @@ def make_batch(
         token_source=unused,
         before_row=unused,
         before_drafted=unused,
+        before_stride=unused,
+        before_rounds=unused,
         positions=unused,
         slot_mapping=unused,
         query_start_loc=unused,
@@ -66,6 +68,7 @@ def make_batch(
         seed=jnp.asarray(seeds.view(np.int32).reshape(seqs, 2)),
         want_logprobs=jnp.asarray(want_logprobs, jnp.int32),
         max_query_len=1,
+        num_rounds=None,
     )
 
 

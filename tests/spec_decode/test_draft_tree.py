@@ -63,9 +63,7 @@ def test_a_token_sees_what_it_comes_after(tree: tuple) -> None:
 def part_of(parents: tuple[int, ...], accepted: tuple[int, ...]) -> ScheduledRequest:
     request = Request("r", 0, [1] * 10, SamplingParams(), 50)
     rows = 1 + len(parents)
-    return ScheduledRequest(
-        request, 9, rows, rows, True, len(parents), len(accepted), parents, accepted
-    )
+    return ScheduledRequest(request, 9, rows, rows, True, len(parents), parents, accepted)
 
 
 def test_what_is_accepted_beside_the_first_path_moves() -> None:

@@ -36,7 +36,7 @@ def output_of(drafts: Sequence[Sequence[int]]) -> HostOutput:
 
 def extend(request: Request, tokens: Sequence[int]) -> None:
     for token in tokens:
-        request.expect_token()
+        request.expect_tokens()
         request.take_token(token)
 
 
@@ -48,8 +48,10 @@ def propose(
     drafts: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:
     """What each drafts after a step; `drafts`: those that the device made in it."""
+    rows, rounds = 1 + drafted, [accepted]
     parts = [
-        ScheduledRequest(r, 0, 1 + drafted, 1 + drafted, True, drafted, accepted) for r in requests
+        ScheduledRequest(r, 0, rows, rows, True, drafted, accepted_of_rounds=rounds)
+        for r in requests
     ]
     proposer.propose(ScheduledBatch(tuple(parts), bool(drafts)), output_of(drafts))
     return [list(request.draft) for request in requests]
@@ -251,7 +253,7 @@ def test_what_was_said_by_those_who_never_looked_is_there_for_others() -> None:
 
 def test_one_that_waits_for_a_token_drafts_past_it() -> None:
     request = request_of(REPEATING, [1, 2, 3])
-    request.expect_token()
+    request.expect_tokens()
     assert propose(ngram(), request) == [[4, 5, 6, 7]]
     assert request.waits_for_tokens
 
