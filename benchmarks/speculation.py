@@ -13,12 +13,12 @@ other, with `--concurrency` conversations at a time; where that is more than the
 for nobody. FOLDER is laid out as `prompts/{gsm8k_test,humaneval,spec_bench}.jsonl` and
 `agent_trajectories/*.traj.json`.
 
-The baseline is an engine with a proposer that proposes nothing, whose steps then run in the same
-programs as those of an engine without `speculative_config`. `suffix` and `hybrid` are what the
+The baseline is an engine without `speculative_config`. `suffix` and `hybrid` are what the
 library does on this machine: on a GPU suffix decoding is a part of the step. `suffix_host` and
 `hybrid_host` draft on the host everywhere, from other responses, too. `suffix_tree` drafts trees;
 `--spec-offset` and `--min-token-prob` make drafts wider. Methods whose steps differ run in engines
-of their own. With `--fixed`, each runs a second time without the adaptive policy.
+of their own, each with the `--num-scheduler-steps` that it takes by itself if none are given. With
+`--fixed`, each runs a second time without the adaptive policy.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def configured(user: dict[str, Any]) -> SpeculativeConfig:
     return SpeculativeConfig.from_user(user).on(jax.default_backend())
 
 
-def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any] | None, dict[str, Any]]]:
     """Yield what an engine is started with, and the settings of each method that it can run."""
     suffix = {
         "method": "suffix",
@@ -176,8 +176,7 @@ def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str
         "hybrid_host": hybrid | on_host,
     }
     length = {"num_speculative_tokens": args.num_speculative_tokens}
-    plain: dict[str, Any] = {"none": None}
-    drafting, others = {}, {}
+    on_hosts, drafting, others = {}, {}, {}
     for name in args.methods:
         config = SpeculativeConfig.from_user(settings[name])
         if config.suffix_use_tree_spec:
@@ -185,8 +184,10 @@ def engines(args: argparse.Namespace) -> Iterable[tuple[dict[str, Any], dict[str
         elif config.on(jax.default_backend()).suffix_on_device:
             others[name] = settings[name]
         else:
-            (drafting if config.method == "arctic" else plain)[name] = settings[name]
-    yield {"method": "ngram", **length}, plain
+            (drafting if config.method == "arctic" else on_hosts)[name] = settings[name]
+    yield None, {"none": None}
+    if on_hosts:
+        yield {"method": "ngram", **length}, on_hosts
     if drafting:
         yield hybrid | on_host, drafting
     for name, user in others.items():

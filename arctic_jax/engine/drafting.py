@@ -6,6 +6,7 @@ with the step's output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,10 +93,18 @@ class Drafting:
         """
         raise NotImplementedError
 
-    def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
+    def draft(
+        self, network: Callable[[], Any], drawn: Drawn, caches: KVCaches
+    ) -> tuple[Array, KVCaches]:
         """Draft after the last token that was drawn for each of the first sequences.
 
-        In the steps that shall, after `follow`, with the same arguments.
+        In the steps that shall, after `follow`.
+
+        Args:
+            network: makes what `follow` gets, to be called within a loop that needs it: a loop is
+                given copies of those of its arguments that are parts of an array, as weights are.
+            drawn: what is known.
+            caches: its own.
 
         Returns:
             `[D, K]`, a row each sequence, -1 after a shorter draft; of one that drew nothing,
@@ -129,12 +138,14 @@ class SpeculatorDrafting(Drafting):
         del network, drawn
         return caches
 
-    def draft(self, network: Speculator, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
+    def draft(
+        self, network: Callable[[], Speculator], drawn: Drawn, caches: KVCaches
+    ) -> tuple[Array, KVCaches]:
         """See `Drafting`."""
         last, _ = drawn.last_rows(self.max_num_seqs)
         vocabulary = Vocabulary(drawn.model.embed, drawn.model.head)
         hidden, tokens = drawn.hidden[last], drawn.output.token_ids[last]
-        return network(hidden, tokens, vocabulary, drawn.layout, self.num_tokens), caches
+        return network()(hidden, tokens, vocabulary, drawn.layout, self.num_tokens), caches
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ class ModelDrafting(Drafting):
         return (cache,)
 
     def draft(
-        self, network: LlamaForCausalLM, drawn: Drawn, caches: KVCaches
+        self, network: Callable[[], LlamaForCausalLM], drawn: Drawn, caches: KVCaches
     ) -> tuple[Array, KVCaches]:
         """See `Drafting`."""
         (cache,) = caches
@@ -188,8 +199,9 @@ class ModelDrafting(Drafting):
         def step(state: tuple[Array, KVCache], ahead: Array) -> tuple[tuple[Array, KVCache], Array]:
             tokens, cache = state
             batch = self._one_token_each(drawn.batch, tokens, after + ahead, draws)
-            hidden, cache = network.hidden_states(batch, cache, ALONE)
-            tokens = network.head.likeliest(hidden, ALONE)
+            model = network()
+            hidden, cache = model.hidden_states(batch, cache, ALONE)
+            tokens = model.head.likeliest(hidden, ALONE)
             return (tokens, cache), tokens
 
         ahead = jnp.arange(1, self.num_tokens + 1)

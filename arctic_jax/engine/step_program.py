@@ -180,6 +180,9 @@ class StepProgram:
         num_drafted = self.num_drafted
         tree = jax.tree.structure(self._modules())
 
+        def modules(leaves: Leaves) -> tuple[LlamaForCausalLM, Any]:
+            return jax.tree.unflatten(tree, self.weights.parameters(leaves, plan))
+
         def run(
             leaves: Leaves,
             inboxes: Array | None,
@@ -203,8 +206,7 @@ class StepProgram:
             ) -> tuple[StepOutput, KVCaches, SamplerState]:
                 # The modules are made here, not before a loop of rounds: it would be given copies
                 # of the parts of the stacks in which the weights lie.
-                model: LlamaForCausalLM
-                model, drafter = jax.tree.unflatten(tree, self.weights.parameters(leaves, plan))
+                model, drafter = modules(leaves)
                 cache, *drafter_caches = caches
                 hidden, cache = model.hidden_states(batch, cache, layout)
                 logits = model.logits(hidden, layout)
@@ -216,7 +218,9 @@ class StepProgram:
                     drafter_caches = self.drafting.follow(drafter, drawn, tuple(drafter_caches))
                     drafts = jnp.full((1, num_drafted), -1)
                     if bucket.drafts:
-                        drafts, drafter_caches = self.drafting.draft(drafter, drawn, drafter_caches)
+                        drafts, drafter_caches = self.drafting.draft(
+                            lambda: modules(leaves)[1], drawn, drafter_caches
+                        )
                     drafts = jnp.pad(drafts, ((0, len(hidden) - len(drafts)), (0, 0)))
                     output = dataclasses.replace(output, drafts=drafts)
                 return output, (cache, *drafter_caches), state

@@ -8,6 +8,7 @@ the draft is on the device when the next step begins, so that nobody waits for t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,9 @@ class SuffixMatching(Drafting):
         (cache,) = caches
         return (cache.written(drawn.batch.slot_mapping, drawn.batch.token_ids),)
 
-    def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
+    def draft(
+        self, network: Callable[[], Any], drawn: Drawn, caches: KVCaches
+    ) -> tuple[Array, KVCaches]:
         """See `Drafting`; -1 after the end of a draft."""
         del network
         (cache,) = caches
@@ -138,10 +141,12 @@ class HybridDrafting(Drafting):
         matched = self.matching.follow(None, drawn, (tokens,))
         return (*matched, *self.other.follow(network, drawn, tuple(others)))
 
-    def draft(self, network: Any, drawn: Drawn, caches: KVCaches) -> tuple[Array, KVCaches]:
+    def draft(
+        self, network: Callable[[], Any], drawn: Drawn, caches: KVCaches
+    ) -> tuple[Array, KVCaches]:
         """See `Drafting`."""
         tokens, *others = caches
-        long, matched = self.matching.draft(None, drawn, (tokens,))
+        long, matched = self.matching.draft(network, drawn, (tokens,))
         short, others = self.other.draft(network, drawn, tuple(others))
         is_long = long[:, self.other.num_tokens - 1] >= 0
         padding = ((0, 0), (0, self.num_tokens - self.other.num_tokens))
