@@ -152,4 +152,4 @@ def test_several_devices(tp: int, sp: int) -> None:
 
 def test_not_where_the_host_makes_drafts() -> None:
     with pytest.raises(ValueError, match=r"num_scheduler_steps must be 1 .* got 4"):
-        make_engine(num_scheduler_steps=4, speculative_config={"method": "suffix"})
+        make_engine(num_scheduler_steps=4, speculative_config={"method": "ngram"})
