@@ -312,8 +312,8 @@ class SchedulerConfig:
     num_scheduler_steps: int | None = None
     """How often one launch goes through the model while all sequences only decode and nobody waits
     to be taken in; what it draws reaches the users together. `None`: 4 for models so small that a
-    GPU is done before the host has launched the next step, else 1. Where the host makes drafts it
-    must be 1."""
+    GPU is done before the host has launched the next step, else, and beside a speculator or draft
+    model, 1. Where the host makes drafts it must be 1."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_logprobs: int = 20
     step_log: str | None = None

@@ -15,6 +15,21 @@ from jax import Array
 
 from arctic_jax.batch import ForwardBatch, StepOutput, sequence_of_tokens, slots_of
 
+SMALL_MODELS_ROUNDS = 4
+"""Eight are no faster (benchmarks/results/h200/rounds_smollm2-135m.json)."""
+
+
+def by_default(num_bytes: int, num_layers: int) -> int:
+    """Return the rounds of a step on one GPU: several where it is done before the host.
+
+    A layer's launch takes the host some 25 us, a GPU reads 4.3 TB/s (docs/tuning.md).
+
+    Args:
+        num_bytes: of the weights.
+        num_layers: of the model.
+    """
+    return SMALL_MODELS_ROUNDS if num_bytes / 4.3e12 < 25e-6 * num_layers else 1
+
 
 class Progress(NamedTuple):
     """How far a step has come when a round begins.

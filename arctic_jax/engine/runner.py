@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from arctic_jax import host_copies
 from arctic_jax.batch import HostOutput, StepOutput, packed_size
 from arctic_jax.config import CacheConfig, EngineConfig, ModelConfig, StepLimits
-from arctic_jax.engine import program_store
+from arctic_jax.engine import program_store, rounds
 from arctic_jax.engine.crossover import Crossover, CrossoverStore, probe, tokens_to_measure
 from arctic_jax.engine.drafter_files import DrafterFiles
 from arctic_jax.engine.grammar_masks import GrammarMasks
@@ -54,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 MAX_EXTRA_ROWS = 256  # of a step, for prompt log-probabilities or drafts
 MAX_PROCESSES = 8  # that lower programs
-SMALL_MODELS_ROUNDS = 4
 
 _cpu_collectives = threading.Lock()
 
@@ -261,20 +260,20 @@ class ModelRunner:
     def _rounds(self, config: EngineConfig, model_class: type[LlamaForCausalLM]) -> int:
         """Return what was asked for; or several where a GPU is done with one before the host is.
 
-        A layer's launch takes the host some 25 us, a GPU reads 4.3 TB/s (docs/tuning.md).
+        Beside a network that drafts, not unless asked: there a round took 2.3 ms, for reasons
+        unknown yet (benchmarks/results/h200/speculation_rounds.json).
         """
-        wanted, needs_host = config.scheduler.num_scheduler_steps, config.speculative.drafts_on_host
-        if needs_host and (wanted or 1) > 1:
+        wanted, speculative = config.scheduler.num_scheduler_steps, config.speculative
+        if speculative.drafts_on_host and (wanted or 1) > 1:
             raise ValueError(
                 f"num_scheduler_steps must be 1 where the host makes drafts, got {wanted}"
             )
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-        if wanted or needs_host or not on_gpu or self.mesh.size > 1:
+        if wanted or speculative.model or not on_gpu or self.mesh.size > 1:
             return wanted or 1
         model = nnx.eval_shape(lambda: model_class(self.model_config, 1, None))
         num_bytes = self.dtype.itemsize * sum(leaf.size for leaf in jax.tree.leaves(model))
-        reading, launching = num_bytes / 4.3e12, 25e-6 * self.model_config.num_hidden_layers
-        return SMALL_MODELS_ROUNDS if reading < launching else 1
+        return rounds.by_default(num_bytes, self.model_config.num_hidden_layers)
 
     def _load(
         self,

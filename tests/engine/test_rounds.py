@@ -8,6 +8,7 @@ from hypothesis import given
 from schedule_cases import BEGINNINGS, REQUESTS, SCHEDULES, check_any_schedule, expected, greedy
 from tiny_engine import check_caches_are_updated_in_place, make_engine, run
 
+from arctic_jax.engine import rounds
 from arctic_jax.engine.core import EngineCore
 from arctic_jax.engine.runner import LaunchedStep, ModelRunner
 from arctic_jax.request import RequestOutput, SamplingParams
@@ -109,19 +110,19 @@ def test_an_end_within_a_step_shows_nothing_after_it(engine: EngineCore) -> None
 def test_single_rounds_while_somebody_needs_the_host(
     engine: EngineCore, monkeypatch: pytest.MonkeyPatch, wants: dict
 ) -> None:
-    rounds = []
+    launched = []
 
     def launch(scheduled: ScheduledBatch) -> LaunchedStep:
         names = {part.request.request_id for part in scheduled.requests}
-        rounds.append(("needs" in names, scheduled.num_rounds))
+        launched.append(("needs" in names, scheduled.num_rounds))
         return ModelRunner.launch(engine.runner, scheduled)
 
     monkeypatch.setattr(engine.runner, "launch", launch)
     engine.add_request("needs", [1, 2, 3], dataclasses.replace(greedy(12), **wants))
     engine.add_request("plain", [1, 2, 3], greedy(60))
     assert run(engine)["plain"].outputs[0].token_ids == expected([1, 2, 3], 60)
-    assert {count for needs, count in rounds if needs} == {1}
-    assert rounds[-1] == (False, 4)
+    assert {count for needs, count in launched if needs} == {1}
+    assert launched[-1] == (False, 4)
 
 
 def test_who_arrives_is_taken_in_by_the_next_step(engine: EngineCore) -> None:
@@ -153,3 +154,13 @@ def test_several_devices(tp: int, sp: int) -> None:
 def test_not_where_the_host_makes_drafts() -> None:
     with pytest.raises(ValueError, match=r"num_scheduler_steps must be 1 .* got 4"):
         make_engine(num_scheduler_steps=4, speculative_config={"method": "ngram"})
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "num_layers", "several"),
+    [(135e6, 30, True), (0.6e9, 28, True), (1.7e9, 24, False), (8e9, 32, False)],
+)
+def test_small_models_are_slower_to_launch_than_to_read(
+    num_parameters: float, num_layers: int, several: bool
+) -> None:
+    assert (rounds.by_default(2 * int(num_parameters), num_layers) > 1) == several
