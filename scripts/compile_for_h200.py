@@ -7,7 +7,8 @@
 Nothing runs, and nothing is timed: of several algorithms XLA takes its first. But copies, fusions
 and collectives are those of the real program: look here before a GPU is asked. A step of `--seqs`
 sequences is a decode step, unless it has more `--tokens`. With `--drafts` it verifies so many
-drafted tokens of each sequence, and drafts as many for the next step by suffix decoding. With
+drafted tokens of each sequence, and drafts as many for the next step by suffix decoding; with
+`--speculator FOLDER`, by that instead. With
 `--rounds` it does all that so many times; the body of that loop is listed first.
 
 Of our own kernels, with CUDA's `ptxas` on the path, `MOSAIC_GPU_DUMP_TO=FOLDER` with
@@ -30,12 +31,13 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec
 
+from arctic_jax.engine.drafting import Drafting, SpeculatorDrafting
 from arctic_jax.engine.programs import COMPILER_OPTIONS
 from arctic_jax.engine.step_program import Step, StepProgram
 from arctic_jax.engine.suffix_matching import SuffixMatching
 from arctic_jax.kv_cache import KVCacheSpec, ModelCacheSpec
-from arctic_jax.models.layers import named_parameters
-from arctic_jax.models.registry import model_class
+from arctic_jax.models.layers import dtype_of, named_parameters
+from arctic_jax.models.registry import model_class, speculator_class
 from arctic_jax.pallas_kernels import dispatch
 from arctic_jax.scheduled_batch import Bucket
 from arctic_jax.shift_parallel import shift, ulysses
@@ -77,21 +79,17 @@ def step_program(args: argparse.Namespace, mesh: Mesh) -> StepProgram:
     cls = model_class(config)
     model_config = cls.config_from_hf(config)
     model = nnx.eval_shape(lambda: cls(model_config, mesh.size))
-    parameters = named_parameters(model).values()
-    dtype = jnp.dtype("bfloat16")
-    layouts = layouts_of(mesh)
-    partitions = {
-        layout: [layout.partition(p.get_metadata("axis")) for p in parameters]
-        for layout in layouts.values()
-    }
-    shapes = [parameter.shape for parameter in parameters]
-    dtypes = [dtype] * len(shapes)
-    stacks = WeightStacks.plan(shapes, partitions, dtypes, mesh, together=True)
+    stacks, dtype, layouts = stacks_of(model, mesh), jnp.dtype("bfloat16"), layouts_of(mesh)
     heads = PartitionSpec(None, None, next(reversed(layouts.values())).devices or None)
     cache = ModelCacheSpec(
         model_config.num_cache_layers, model.num_kv_groups, model_config.head_dim, heads
     )
-    drafting = SuffixMatching(args.drafts, args.seqs) if args.drafts else None
+    drafting: Drafting | None = SuffixMatching(args.drafts, args.seqs) if args.drafts else None
+    if args.drafts and args.speculator:
+        given = json.loads((args.speculator / "config.json").read_text())
+        kind = speculator_class(given)
+        drafting = SpeculatorDrafting(args.drafts, args.seqs, kind, kind.config_from_hf(given))
+        stacks = stacks.followed_by(stacks_of(drafting.module(mesh.size, None), mesh))
     caches = (cache, *(drafting.caches() if drafting else ()))
     return StepProgram(
         cls,
@@ -110,6 +108,18 @@ def step_program(args: argparse.Namespace, mesh: Mesh) -> StepProgram:
         drafting=drafting,
         has_inboxes=mesh.size > 1,
     )
+
+
+def stacks_of(module: Any, mesh: Mesh) -> WeightStacks:
+    """Return how a module's parameters lie on the devices."""
+    parameters = named_parameters(module).values()
+    partitions = {
+        layout: [layout.partition(p.get_metadata("axis")) for p in parameters]
+        for layout in layouts_of(mesh).values()
+    }
+    dtypes = [dtype_of(parameter, jnp.dtype("bfloat16")) for parameter in parameters]
+    shapes = [parameter.shape for parameter in parameters]
+    return WeightStacks.plan(shapes, partitions, dtypes, mesh, together=True)
 
 
 def layouts_of(mesh: Mesh) -> dict[str, Any]:
@@ -153,6 +163,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--seqs", type=int, default=1)
     parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--speculator", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=8448)
     parser.add_argument("--num-blocks", type=int, default=2048)

@@ -54,18 +54,23 @@ class ScriptedEngine:
         times: of steps.
         config: of speculation.
         num_right: of a drafter on the device, how many tokens of each draft are right.
+        num_rounds: of a step, see `engine/rounds.py`.
     """
 
     times: Times
     config: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     num_right: int = 0
+    num_rounds: int = 1
 
     def __post_init__(self) -> None:
         self.now = self.busy_until = 0.0
         self.num_tokens = self.num_steps = self.num_drafts = 0
         self._drafts = False  # whether the step that was launched last does
         self.scheduler = Scheduler(
-            BlockPool(10_000, 16, False), StepLimits(64, 4096, 4096), max_extra_rows=256
+            BlockPool(10_000, 16, False),
+            StepLimits(64, 4096, 4096),
+            max_extra_rows=256,
+            num_rounds=self.num_rounds,
         )
         self.proposer = build_proposer(self.config)
         self.answers: dict[Request, Sequence[int]] = {}
@@ -101,26 +106,31 @@ class ScriptedEngine:
         self._drafts = scheduled.drafts
         seconds = self.times.verify if scheduled.num_drafted else self.times.plain
         seconds += self.times.draft * scheduled.drafts
+        seconds *= scheduled.num_rounds
         self.busy_until = max(self.busy_until, self.now) + seconds
-        self.num_steps += 1
-        self.num_drafts += sum(part.num_drafted > 0 for part in scheduled.requests)
+        self.num_steps += scheduled.num_rounds
+        verified = sum(part.num_drafted > 0 for part in scheduled.requests)
+        self.num_drafts += verified * scheduled.num_rounds
         return self.busy_until
 
     def _accept(self, scheduled: ScheduledBatch, ready: float) -> None:
         self.now = max(self.now, ready) + self.times.host / 2
-        for part in scheduled.requests:
-            if part.samples and not part.request.status.finished:
-                self._take(part)
-        drafts = [self._device_draft(part.request) for part in scheduled.requests]
+        drafts = []
+        for index in range(scheduled.num_rounds):
+            for part in scheduled.requests:
+                if part.samples and not part.request.status.finished and index < part.num_rounds:
+                    self._take(part, index)
+            drafts += [self._device_draft(part.request) for part in scheduled.requests]
         made = np.array(drafts) if scheduled.drafts else _EMPTY
-        output = HostOutput([], [], _EMPTY, _EMPTY, _EMPTY, _EMPTY, made)
+        stride = len(scheduled.requests)
+        output = HostOutput([], [], _EMPTY, _EMPTY, _EMPTY, _EMPTY, made, stride)
         self.proposer.propose(scheduled, output)
 
-    def _take(self, part: ScheduledRequest) -> None:
+    def _take(self, part: ScheduledRequest, index: int) -> None:
         request, answer = part.request, self.answers[part.request]
         known = len(request.output_token_ids)
         drafted = request.token_ids[part.end - part.num_drafted : part.end]
-        if part.unseen:  # the step before made it
+        if part.unseen:  # the round before made it
             drafted = self._device_draft(request)[: part.num_drafted]
         right = answer[known : known + part.num_drafted]
         pairs = enumerate(zip(drafted, right, strict=False))
@@ -129,9 +139,10 @@ class ScriptedEngine:
             request.take_token(token)
             self.num_tokens += 1
         if part.num_drafted:
-            part.accepted_of_rounds = [len(request.output_token_ids) - known - 1]
+            accepted = len(request.output_token_ids) - known - 1
+            part.accepted_of_rounds = [*part.accepted_of_rounds, accepted]
             request.num_verifying -= part.num_drafted
-            request.drop_pending(part.num_drafted - part.num_accepted)
+            request.drop_pending(part.num_drafted - accepted)
         if len(request.output_token_ids) == len(answer):
             self.scheduler.finish(request, RequestStatus.LENGTH)
             self.proposer.finish(request)

@@ -43,6 +43,7 @@ class Scheduler:
         self.max_extra_rows = max_extra_rows
         self.by_priority = by_priority
         self.max_rounds = num_rounds
+        self._drafts = False  # whether the step before the next one drafts
         # Both in the order in which requests are served; victims are taken from the end.
         self.running: list[Request] = []
         self.waiting: list[Request] = []
@@ -87,6 +88,9 @@ class Scheduler:
         `drafts` is whether the step shall draft on the device.
         """
         chosen: list[ScheduledRequest] = []
+        if not self._drafts:
+            for request in self.running:
+                request.num_drafted_ahead = 0
         tokens, rows = self.limits.max_num_batched_tokens, self.max_extra_rows
         streams = sum(r.is_streaming for r in self.running)
         mixed = self.limits.max_num_mixed_tokens
@@ -153,6 +157,8 @@ class Scheduler:
             prefill -= part.num_tokens
             rows -= part.num_extra_rows
 
+        if chosen:
+            self._drafts = drafts
         return ScheduledBatch(tuple(chosen), drafts, num_rounds)
 
     def _rounds(self, drafts: bool) -> tuple[int, bool]:

@@ -75,9 +75,10 @@ class _Costs:
         lost = max(self.missed, 0.0) + max(self.delay, 0.0)
         return min(max((_WEIGHT * PRIOR + lost) / (_WEIGHT + self.portions), _LEAST), _MOST)
 
-    def drafted(self, steps: float) -> None:
-        self.num_drafting = _OLD * self.num_drafting + 1
-        self.longer = _OLD * self.longer + steps - 1
+    def drafted(self, steps: float, num_rounds: int) -> None:
+        rest = _OLD**num_rounds
+        self.num_drafting = rest * self.num_drafting + num_rounds
+        self.longer = rest * self.longer + num_rounds * (steps - 1)
 
     @property
     def of_step(self) -> float:
@@ -139,11 +140,11 @@ class DraftCosts:
             return 1.0
         steps = 1.0 if mixed else min(seconds / costs.plain, _MOST)
         if around_drafts:
-            costs.waited(num_drafts)
+            costs.waited(num_drafts * num_rounds)
             if num_drafts and not mixed:
-                costs.drafted(steps)
+                costs.drafted(steps, num_rounds)
             costs.missed += num_requests - num_sampled
-            costs.delay += num_requests * (steps - 1)
+            costs.delay += num_requests * (steps - 1) * num_rounds
         return steps
 
     def made(self, num_requests: int, num_drafts: int, num_begun: int) -> None:
